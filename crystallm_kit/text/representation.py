@@ -1,7 +1,7 @@
 """What a text format is, and the table of formats.
 
-A representation turns a crystal into text and back, and says which tokens its texts are made of and which texts
-are well formed. Adding a format is one module beside this one and one line in `REPRESENTATIONS`.
+A representation turns a crystal into text and back, and says which tokens its texts are made of and which
+texts are well formed. Adding a format is one module beside this one and one line in `REPRESENTATIONS`.
 
 Contract, tested for every entry of the table:
     decode(encode(crystal)) is the crystal, within the loss that the format's docstring states
@@ -13,6 +13,7 @@ Not here: token ids (tokens/tokenizer.py), prompts (prompts.py), tolerance to ra
 """
 
 import importlib
+import re
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,6 +66,26 @@ class Grammar:
     lark: str
     gbnf: str
     regex: str | None = None
+
+
+def cutting_pattern(alphabet: Alphabet) -> str:
+    """Return the regular expression whose matches are the tokens of a text: the one rule of cutting."""
+    if alphabet.pattern is not None:
+        return alphabet.pattern
+    longest_first = sorted(alphabet.tokens, key=lambda token: -len(token))
+    return "|".join(_escape(token) for token in longest_first)
+
+
+def cut(text: str, alphabet: Alphabet) -> list[str]:
+    """Return the token strings of a text, as its tokenizer cuts it; what no token covers is left out."""
+    for pattern, replacement in alphabet.rewrites:
+        text = re.sub(pattern, lambda _, by=replacement: by, text)  # type: ignore[misc]
+    return [match.group() for match in re.finditer(cutting_pattern(alphabet), text)]
+
+
+def _escape(token: str) -> str:
+    # re.escape also escapes blanks and newlines, which other regex engines read differently or not at all.
+    return re.sub(r"([.^$*+?{}\[\]\\|()\-])", r"\\\1", token)
 
 
 class Representation(Protocol):

@@ -1,0 +1,1 @@
+"""Token ids: tokenizers, corpora of packed ids, masks over the vocabulary."""

@@ -1,0 +1,276 @@
+"""Tokenizers: a format's alphabet as a Hugging Face fast tokenizer, and as an addition to another model's.
+
+Contract: position in `Alphabet.tokens` = token id; the tokens of a text, joined, are the text, so
+`decode(encode(t))` is `t` for every text that the format can write. What no token covers is dropped by a
+plain call of the tokenizer; `encode_strict` raises instead, and is what the kit's own code calls.
+
+    >>> tokenizer = format_tokenizer("compact")
+    >>> tokenizer.convert_ids_to_tokens(encode_strict(tokenizer, "5.64 5.64"))
+    ['5', '.', '6', '4', ' ', '5', '.', '6', '4']
+
+`python -m crystallm_kit.tokens.tokenizer --build` writes each folder `tokenizers/<name>/` from its
+recipe.yaml.
+
+Not here: how texts are cut (text/representation.py), which id may come next (masking.py), packing
+(corpus.py).
+"""
+
+import argparse
+import copy
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crystallm_kit.errors import ModelError, ParseError, RecipeError, UserError
+from crystallm_kit.text.representation import (
+    REPRESENTATIONS,
+    Alphabet,
+    cutting_pattern,
+    representation,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+UNUSED = "<unused_{}>"
+
+
+def build_tokenizer(alphabet: Alphabet, *, pad_to_multiple_of: int = 1) -> "PreTrainedTokenizerFast":
+    """Return the lossless fast tokenizer of an alphabet.
+
+    `eos_token_id` and `pad_token_id` are the ids that `alphabet.end` and `alphabet.pad` have by position.
+    Decoding keeps them, unless asked to skip special tokens.
+
+    Args:
+        alphabet: Tokens in id order, and how a text is cut.
+        pad_to_multiple_of: Fill the vocabulary with "<unused_i>" up to a multiple of this; see
+            `padded_vocabulary_size` before using it.
+
+    Raises:
+        UserError: If a token occurs twice; if end, pad or unknown is no token; or if one of these
+            overlaps another token, so that registering it would change how texts are cut.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: position for position, token in enumerate(alphabet.tokens)}
+    if len(vocabulary) != len(alphabet.tokens):
+        twice = sorted({token for token in alphabet.tokens if alphabet.tokens.count(token) > 1})
+        raise UserError(f"alphabet: tokens that occur twice: {twice}; every token needs one id")
+    named = {"end": alphabet.end, "pad": alphabet.pad, "unknown": alphabet.unknown}
+    for role, token in named.items():
+        if token is not None:
+            _check_special(role, token, vocabulary)
+    for i in range(padded_vocabulary_size(len(vocabulary), pad_to_multiple_of) - len(vocabulary)):
+        vocabulary[UNUSED.format(i)] = len(vocabulary)
+
+    unknown = {} if alphabet.unknown is None else {"unk_token": alphabet.unknown}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, **unknown))
+    if alphabet.rewrites:
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Replace(Regex(pattern), by) for pattern, by in alphabet.rewrites]
+        )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(cutting_pattern(alphabet)), "removed", invert=True)
+    # ByteFallback changes nothing here; guidance refuses a decoder that is a plain Fuse.
+    rewrites = [decoders.Replace(literal, by) for literal, by in alphabet.decoder_rewrites]
+    tokenizer.decoder = decoders.Sequence([*rewrites, decoders.ByteFallback(), decoders.Fuse()])
+    special = {"eos_token": alphabet.end, "pad_token": alphabet.pad, "unk_token": alphabet.unknown}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        clean_up_tokenization_spaces=False,
+        **{role: token for role, token in special.items() if token is not None},
+    )
+
+
+def padded_vocabulary_size(n_tokens: int, multiple: int) -> int:
+    """Return the smallest multiple of `multiple` that holds `n_tokens`.
+
+    Tensor cores like multiples of 64. vLLM pads its own copy of the embedding and cuts the logits back, so it
+    needs none of this. Rows that are added to the model itself ARE sampled, by every engine: mask them
+    (tokens/masking.py), or leave the vocabulary as it is.
+
+    Raises:
+        UserError: If `multiple` is not positive.
+    """
+    if multiple < 1:
+        raise UserError(f"vocabulary size: multiple {multiple}; expected 1 or more")
+    return -(-n_tokens // multiple) * multiple
+
+
+def encode_strict(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
+    """Return the ids of a text, without special tokens added.
+
+    Raises:
+        ParseError: If a part of the text is covered by no token, with its position.
+    """
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    expected = text if normalizer is None else normalizer.normalize_str(text)
+    position = 0
+    for token in tokenizer.convert_ids_to_tokens(ids):
+        if not expected.startswith(token, position):
+            break
+        position += len(token)
+    if position != len(expected):
+        line = expected.count("\n", 0, position) + 1
+        raise ParseError(
+            "uncovered_text",
+            f"character {position}: no token for {expected[position : position + 12]!r}; "
+            "expected text of the format that this tokenizer was built for",
+            line,
+        )
+    return ids
+
+
+def extend_tokenizer(
+    base_tokenizer: "PreTrainedTokenizerFast", alphabet: Alphabet
+) -> tuple["PreTrainedTokenizerFast", list[int]]:
+    """Return a copy of a base model's tokenizer that knows a format's tokens, and the ids that are new.
+
+    The embedding has to grow by `len(added_ids)` rows (fewer if the model's embedding is already larger than
+    its vocabulary), and the new rows have to be trained. Not added: what the base writes as one token already
+    (digits, most element symbols), and the format's end where the base has an end of its own.
+
+    A token of letters and digits is recognised only where it stands as a word of its own: adding "Na" leaves
+    "Nation" as it was, and the "Na" of "Na4" is cut by the base's own rule. Decoding gives the text back in
+    every case.
+
+    Args:
+        base_tokenizer: Any fast tokenizer; left unchanged.
+        alphabet: The format's tokens.
+    """
+    from transformers import AddedToken
+
+    tokenizer = copy.deepcopy(base_tokenizer)
+    n_before = len(tokenizer)
+    special = {alphabet.end, alphabet.pad, alphabet.unknown}
+    new = [token for token in alphabet.tokens if token not in special and not _is_one_token(tokenizer, token)]
+    tokenizer.add_tokens(
+        [AddedToken(token, single_word=token.isalnum(), normalized=False, special=False) for token in new]
+    )
+    roles = {"eos_token": alphabet.end, "pad_token": alphabet.pad}
+    missing = {role: token for role, token in roles.items() if token and getattr(tokenizer, role) is None}
+    if missing:
+        tokenizer.add_special_tokens(missing)
+    return tokenizer, list(range(n_before, len(tokenizer)))
+
+
+def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
+    """Return the tokenizer of a local folder (a tokenizer's own, or a model's).
+
+    Raises:
+        ModelError: If the folder holds no tokenizer that can be read.
+    """
+    from transformers import AutoTokenizer
+
+    if not (Path(path) / "tokenizer.json").is_file():
+        raise ModelError(
+            f"{path}: no tokenizer.json; expected a folder that save_tokenizer or training wrote"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: the tokenizer cannot be read: {error}") from error
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", path: str | Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json, as AutoTokenizer.from_pretrained reads them."""
+    folder = Path(path)
+    tokenizer.save_pretrained(str(folder))
+    config_file = folder / "tokenizer_config.json"
+    config = json.loads(config_file.read_text())
+    # The name that every release knows; transformers 5 writes its new, internal one.
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config_file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def format_tokenizer(name: str, **settings: Any) -> "PreTrainedTokenizerFast":
+    """Return the tokenizer of a named text format with these settings.
+
+    Raises:
+        UnknownName: If no format has that name.
+        UserError: If the format does not know a setting.
+    """
+    return build_tokenizer(representation(name, **settings).alphabet())
+
+
+@dataclass(frozen=True)
+class TokenizerRecipe:
+    """What `tokenizers/<name>/recipe.yaml` says.
+
+    Attributes:
+        representation: Name of the text format.
+        settings: The format's own settings.
+        pad_to_multiple_of: See `padded_vocabulary_size`; 1 adds nothing.
+    """
+
+    representation: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    pad_to_multiple_of: int = 1
+
+
+def read_recipe(path: str | Path) -> TokenizerRecipe:
+    """Return the recipe of a tokenizer folder.
+
+    Raises:
+        RecipeError: If the file is missing, or holds keys that a recipe has not.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+        return TokenizerRecipe(**content)
+    except (OSError, TypeError, yaml.YAMLError) as error:
+        raise RecipeError(
+            f"{path}: {error}; expected the keys representation, settings, pad_to_multiple_of"
+        ) from error
+
+
+def build_from_recipe(recipe: TokenizerRecipe) -> "PreTrainedTokenizerFast":
+    """Return the tokenizer that a recipe describes."""
+    alphabet = representation(recipe.representation, **recipe.settings).alphabet()
+    return build_tokenizer(alphabet, pad_to_multiple_of=recipe.pad_to_multiple_of)
+
+
+def _check_special(role: str, token: str, vocabulary: dict[str, int]) -> None:
+    """Raise where registering `token` would change the ids or the cutting of other tokens."""
+    if token not in vocabulary:
+        raise UserError(f"alphabet: {role} {token!r} is not among its tokens; append it to them")
+    for other in vocabulary:
+        if other != token and (token in other or _straddles(token, other) or _straddles(other, token)):
+            raise UserError(
+                f"alphabet: {role} {token!r} overlaps the token {other!r}, which registering it would cut; "
+                "choose one that shares no text with others"
+            )
+
+
+def _straddles(left: str, right: str) -> bool:
+    """Return whether an end of `left` is a beginning of `right`."""
+    return any(left.endswith(right[:n]) for n in range(1, min(len(left), len(right))))
+
+
+def _is_one_token(tokenizer: "PreTrainedTokenizerFast", token: str) -> bool:
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    return len(ids) == 1 and ids[0] != tokenizer.unk_token_id
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Build tokenizer folders from their recipes; with none named, one for every format of the table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m crystallm_kit.tokens.tokenizer", description=main.__doc__
+    )
+    parser.add_argument("--build", action="store_true", required=True, help="write the artefacts")
+    parser.add_argument("--folder", type=Path, default=Path("tokenizers"), help="where the artefacts live")
+    parser.add_argument("names", nargs="*", default=sorted(REPRESENTATIONS), help="folders to build")
+    options = parser.parse_args(arguments)
+    for name in options.names:
+        folder = options.folder / name
+        tokenizer = build_from_recipe(read_recipe(folder / "recipe.yaml"))
+        save_tokenizer(tokenizer, folder)
+        print(f"{folder}: {len(tokenizer)} tokens")
+
+
+if __name__ == "__main__":
+    main()
