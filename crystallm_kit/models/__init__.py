@@ -1,0 +1,1 @@
+"""From token ids to a trained causal language model, and the folder that carries it."""
