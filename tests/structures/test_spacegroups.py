@@ -32,7 +32,8 @@ def test_the_spellings_of_pymatgen_find_their_numbers():
     ("spelling", "number"),
     [("Fm-3m", 225), ("Fm3m", 225), ("Fm3\u0305m", 225), ("Fm\u22123m", 225), ("P6_3/mmc", 194),
      ("P63/mmc", 194), ("P 21/c", 14), ("P2_1/n", 14), ("R-3m:H", 166), ("R-3mH", 166), ("Fd-3m:2", 227),
-     ("Fd-3mZ", 227), ("Cmca", 64), ("Pbnm", 62), ("No. 62", 62), ("#62", 62), ("62", 62), (62, 62), ("pnma", 62)],
+     ("Fd-3mZ", 227), ("Cmca", 64), ("Pbnm", 62),
+     ("No. 62", 62), ("#62", 62), ("62", 62), (62, 62), ("pnma", 62)],
 )  # fmt: skip
 def test_a_spelling_finds_its_number(spelling, number):
     assert spacegroup_number(spelling) == number
