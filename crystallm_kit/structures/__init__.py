@@ -1,0 +1,1 @@
+"""Structures in and out, their symmetry, and equivalent views of them."""
