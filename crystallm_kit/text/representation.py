@@ -73,7 +73,7 @@ def cutting_pattern(alphabet: Alphabet) -> str:
     if alphabet.pattern is not None:
         return alphabet.pattern
     longest_first = sorted(alphabet.tokens, key=lambda token: -len(token))
-    return "|".join(_escape(token) for token in longest_first)
+    return "|".join(escape(token) for token in longest_first)
 
 
 def cut(text: str, alphabet: Alphabet) -> list[str]:
@@ -83,9 +83,10 @@ def cut(text: str, alphabet: Alphabet) -> list[str]:
     return [match.group() for match in re.finditer(cutting_pattern(alphabet), text)]
 
 
-def _escape(token: str) -> str:
+def escape(text: str) -> str:
+    """Return a text as a regular expression that matches it, in every engine's syntax."""
     # re.escape also escapes blanks and newlines, which other regex engines read differently or not at all.
-    return re.sub(r"([.^$*+?{}\[\]\\|()\-])", r"\\\1", token)
+    return re.sub(r"([.^$*+?{}\[\]\\|()\-])", r"\\\1", text)
 
 
 class Representation(Protocol):

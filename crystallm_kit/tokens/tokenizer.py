@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crystallm_kit.errors import ModelError, ParseError, RecipeError, UserError
+from crystallm_kit.errors import ModelError, ParseError, UserError
+from crystallm_kit.recipes import load_recipe
 from crystallm_kit.text.representation import (
     REPRESENTATIONS,
     Alphabet,
@@ -49,7 +50,7 @@ def build_tokenizer(alphabet: Alphabet, *, pad_to_multiple_of: int = 1) -> "PreT
 
     Raises:
         UserError: If a token occurs twice; if end, pad or unknown is no token; or if one of these
-            overlaps another token, so that registering it would change how texts are cut.
+            is part of another token, so that registering it would change how texts are cut.
     """
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -211,23 +212,6 @@ class TokenizerRecipe:
     pad_to_multiple_of: int = 1
 
 
-def read_recipe(path: str | Path) -> TokenizerRecipe:
-    """Return the recipe of a tokenizer folder.
-
-    Raises:
-        RecipeError: If the file is missing, or holds keys that a recipe has not.
-    """
-    import yaml
-
-    try:
-        content = yaml.safe_load(Path(path).read_text())
-        return TokenizerRecipe(**content)
-    except (OSError, TypeError, yaml.YAMLError) as error:
-        raise RecipeError(
-            f"{path}: {error}; expected the keys representation, settings, pad_to_multiple_of"
-        ) from error
-
-
 def build_from_recipe(recipe: TokenizerRecipe) -> "PreTrainedTokenizerFast":
     """Return the tokenizer that a recipe describes."""
     alphabet = representation(recipe.representation, **recipe.settings).alphabet()
@@ -239,16 +223,11 @@ def _check_special(role: str, token: str, vocabulary: dict[str, int]) -> None:
     if token not in vocabulary:
         raise UserError(f"alphabet: {role} {token!r} is not among its tokens; append it to them")
     for other in vocabulary:
-        if other != token and (token in other or _straddles(token, other) or _straddles(other, token)):
+        if other != token and token in other:
             raise UserError(
-                f"alphabet: {role} {token!r} overlaps the token {other!r}, which registering it would cut; "
-                "choose one that shares no text with others"
+                f"alphabet: {role} {token!r} is part of the token {other!r}, which registering it would cut; "
+                "choose one that is part of no other"
             )
-
-
-def _straddles(left: str, right: str) -> bool:
-    """Return whether an end of `left` is a beginning of `right`."""
-    return any(left.endswith(right[:n]) for n in range(1, min(len(left), len(right))))
 
 
 def _is_one_token(tokenizer: "PreTrainedTokenizerFast", token: str) -> bool:
@@ -267,7 +246,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     for name in options.names:
         folder = options.folder / name
-        tokenizer = build_from_recipe(read_recipe(folder / "recipe.yaml"))
+        tokenizer = build_from_recipe(load_recipe(folder / "recipe.yaml", TokenizerRecipe))
         save_tokenizer(tokenizer, folder)
         print(f"{folder}: {len(tokenizer)} tokens")
 
