@@ -10,6 +10,7 @@
     │   ├── RecipeError            a recipe file: unknown key, wrong type, missing value
     │   ├── ImpossibleRequest      conditions that no crystal can meet
     │   ├── ModelError             a model folder: missing, truncated, of another template
+    │   ├── TrainingError          a run cannot go on: NaN loss, full disk, too little memory
     │   └── EmptyInput             nothing to work on: 0/0 is not a score
     └── MissingExtra               an optional dependency is not installed; the message holds the command
 
@@ -79,6 +80,10 @@ class ModelError(UserError):
     """A model folder is missing, truncated, or belongs to another template or format."""
 
 
+class TrainingError(UserError):
+    """A training run cannot go on; the message says what to change, and the last good checkpoint stays."""
+
+
 class EmptyInput(UserError):
     """Nothing to work on."""
 
@@ -94,7 +99,8 @@ class MissingExtra(CrystallmKitError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the nearest known name, or "." when none is near."""
-    near = difflib.get_close_matches(name.lower(), {k.lower(): k for k in known}, n=1, cutoff=0.5)
+    # 0.4: 'lr_rate' and 'lr' are 0.44 alike
+    near = difflib.get_close_matches(name.lower(), {k.lower(): k for k in known}, n=1, cutoff=0.4)
     if not near:
         return "."
     return f"; did you mean '{next(k for k in known if k.lower() == near[0])}'?"

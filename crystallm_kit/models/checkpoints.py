@@ -242,10 +242,10 @@ def save_model(
     weights = {
         name: tensor.detach().to("cpu", getattr(torch, dtype)) for name, tensor in model.state_dict().items()
     }
-    implementation, told = model.config._attn_implementation, model.config.dtype
-    model.config.dtype = getattr(torch, dtype)
     model.save_pretrained(writing, state_dict=weights, max_shard_size=f"{int(max_shard_mb * 1000)}KB")
-    model.config.dtype, model.config._attn_implementation = told, implementation
+    config = json.loads((writing / "config.json").read_text(encoding="utf-8"))
+    config["dtype"] = dtype  # save_pretrained notes the dtype in memory
+    (writing / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if isinstance(tokenizer, str | Path):
         for file in sorted(Path(tokenizer).glob("*.json")):
             shutil.copy(file, writing / file.name)
@@ -305,7 +305,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
-def load_model_folder(path: str | Path, *, dtype: str = "float32", device: str = "cpu") -> tuple[Any, Any, Manifest]:
+def load_model_folder(
+    path: str | Path, *, dtype: str = "float32", device: str = "cpu"
+) -> tuple[Any, Any, Manifest]:
     """Return (model in evaluation mode, tokenizer, manifest) of a model folder.
 
     Args:
@@ -330,7 +332,9 @@ def load_model_folder(path: str | Path, *, dtype: str = "float32", device: str =
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype), local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), local_files_only=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ModelError(f"{folder}: cannot be loaded: {error}") from error

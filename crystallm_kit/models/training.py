@@ -1,0 +1,933 @@
+"""Training: one resumable loop over accelerate, from token arrays to a model folder.
+
+    python -m crystallm_kit.models.training finetune/llama-scratch-wyckoff-mp.yaml --npz corpus.npz --out runs/a
+
+On the screen, one line per `log_every` steps:
+    step 1,200/10,000  loss 0.7312  validation 0.7420  lr 9.8e-04  2,310,000 tokens/s  MFU 14 %  8:20 left
+
+In `--out`: recipe.yaml (as run), metrics.jsonl (every step's loss), checkpoints/ (the last two and the best), model/
+(the model folder, written at the end). Killed at any moment, the same command goes on from the last checkpoint with
+the losses that the uninterrupted run would have had; on one CPU they are equal to the last digit.
+
+It holds at every checkpoint that all losses before it were finite. SIGTERM saves and returns (exit code 0).
+Weights are float32 and the forward pass bfloat16 (autocast) on a GPU; on a CPU everything is float32.
+
+Not here: how a step is cut into rows (batches.py), model folders (checkpoints.py), corpus preparation
+(tokens/corpus.py).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import nn
+
+from crystallm_kit.errors import ModelError, ReadError, RecipeError, TrainingError, UserError
+from crystallm_kit.models.batches import (
+    IGNORED,
+    ArraySource,
+    CorpusInfo,
+    DeviceExamples,
+    Examples,
+    Step,
+    TokenSource,
+    Vocabulary,
+    epoch_steps,
+    write_arrays,
+)
+from crystallm_kit.models.checkpoints import (
+    Manifest,
+    ModelRecipe,
+    git_commit,
+    library_versions,
+    new_model,
+    replace_folder,
+    save_model,
+)
+from crystallm_kit.recipes import load_recipe, recipe_to_dict
+
+__all__ = [
+    "ArraySource",
+    "CorpusInfo",
+    "Examples",
+    "TokenSource",
+    "TrainingRecipe",
+    "TrainingResult",
+    "Vocabulary",
+    "train",
+    "write_arrays",
+]
+
+# Dense bf16 peak in FLOP/s by the vendors' datasheets, for model FLOP utilisation.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+# Keys that may differ between a run and its resumption: they change where it ends and what it prints, not its steps.
+_FREE_KEYS = frozenset(
+    "epochs steps eval_every checkpoint_every log_every max_minutes early_stopping_patience compile export "
+    "export_dtype export_shard_mb micro_tokens".split()
+)
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """What is learned from.
+
+    Attributes:
+        corpus: An .npz file of token arrays (batches.ArraySource).
+        tokenizer: Folder whose tokenizer goes into the model folder; None: none.
+        loss_on_prompt: Whether the tokens of the prompt are targets too.
+        max_length: Longer examples, in tokens, are left out; None: model.max_positions.
+    """
+
+    corpus: Path | None = None
+    tokenizer: Path | None = None
+    loss_on_prompt: bool = False
+    max_length: int | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerRecipe:
+    """AdamW.
+
+    Attributes:
+        lr: Peak learning rate.
+        betas: Decay of the two moments, per step.
+        eps: Added to the root of the second moment.
+        weight_decay: On matrices only (not on norms and biases), times the learning rate, per step.
+        gradient_clip: Largest norm of the gradient of all weights.
+    """
+
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    gradient_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class ScheduleRecipe:
+    """The learning rate over the run.
+
+    Attributes:
+        kind: cosine (to the end), wsd (warm up, stay, decay as 1 - sqrt), constant.
+        warmup_steps: Linear from 0.
+        final_lr_ratio: Last learning rate over the peak.
+        decay_fraction: wsd: share of the steps that decay.
+    """
+
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 200
+    final_lr_ratio: float = 0.05
+    decay_fraction: float = 0.2
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """One training run.
+
+    Attributes:
+        seed: Of weights, order and dropout.
+        epochs: Passes over the data; or steps.
+        steps: Optimizer steps; or epochs. (One of the two.)
+        batch_tokens: Tokens of one optimizer step, over all GPUs.
+        micro_tokens: Positions of one forward pass on one GPU at most: what fits into memory.
+        eval_every: Steps between validation losses.
+        checkpoint_every: Steps between checkpoints.
+        log_every: Steps between lines on the screen.
+        ema_decay: Of the running mean of the weights, per step; 0: none. Validation and the model folder use it.
+        residual_dropout: Probability, on embeddings and on what layers add to the residual stream. Training only.
+        precision: bfloat16 (autocast, on a GPU) or float32.
+        compile: torch.compile on a GPU.
+        early_stopping_patience: Validations without a better loss after which to stop; None: never.
+        max_minutes: Stop after this time, save and export; None: never.
+        export: Weights of the model folder: of the best validation, or the last.
+        export_dtype: Of the weights on disk.
+        export_shard_mb: Largest weights file, in 1e6 bytes.
+        model, data, optimizer, schedule: See there.
+    """
+
+    seed: int
+    epochs: float | None = None
+    steps: int | None = None
+    batch_tokens: int = 65_536
+    micro_tokens: int = 65_536
+    eval_every: int = 250
+    checkpoint_every: int = 1_000
+    log_every: int = 50
+    ema_decay: float = 0.999
+    residual_dropout: float = 0.0
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    compile: bool = True
+    early_stopping_patience: int | None = None
+    max_minutes: float | None = None
+    export: Literal["best", "last"] = "best"
+    export_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    export_shard_mb: float = 5_000.0
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give one of 'epochs' and 'steps'")
+        for name in ("batch_tokens", "micro_tokens", "eval_every", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"'{name}' must be at least 1, got {getattr(self, name)}")
+        for name in ("ema_decay", "residual_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"'{name}' must be in [0, 1), got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended.
+
+    Attributes:
+        stopped: done, early (no better validation loss), time (max_minutes), signal (SIGTERM: run it again).
+        steps: Optimizer steps done.
+        model_folder: The model; None after a signal.
+        validation_loss: Best validation loss, in nats per token.
+        tokens_per_second: Over this process's steps, validation and checkpoints left out.
+    """
+
+    stopped: Literal["done", "early", "time", "signal"]
+    steps: int
+    model_folder: Path | None
+    validation_loss: float
+    tokens_per_second: float
+
+
+def train(
+    recipe: TrainingRecipe, out: str | Path, *, source: TokenSource | None = None, resume: bool = True
+) -> TrainingResult:
+    """Train a model from scratch and write its folder to `out/model`.
+
+    Args:
+        recipe: Everything that the run depends on.
+        out: Folder of the run.
+        source: Examples; None: the recipe's `data.corpus`.
+        resume: Go on from the last checkpoint in `out`; False: begin anew, and remove what is there.
+
+    Raises:
+        RecipeError: If the recipe does not fit the corpus, or the run that `out` holds.
+        ReadError: If the corpus cannot be read.
+        TrainingError: If the run cannot go on: a loss that is no number, a full disk, too little memory.
+    """
+    if source is None:
+        if recipe.data.corpus is None:
+            raise RecipeError("data.corpus is not set: name the corpus to train on.")
+        source = ArraySource(recipe.data.corpus)
+    run = _Run(recipe, Path(out), source, resume)
+    try:
+        return run.train()
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"{out}: out of GPU memory. Lower micro_tokens (now {recipe.micro_tokens:,}); the batch stays "
+            "the same, in more passes. Then run the same command: it resumes."
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise TrainingError(
+            f"{out}: the disk is full; the last checkpoint is whole. Free space or raise checkpoint_every "
+            "and run the same command: it resumes."
+        ) from error
+
+
+def learning_rate(step: int, n_steps: int, recipe: TrainingRecipe) -> float:
+    """Return the learning rate of a step (0-based) of a run of n_steps."""
+    schedule, peak = recipe.schedule, recipe.optimizer.lr
+    if step < schedule.warmup_steps:
+        return peak * (step + 1) / schedule.warmup_steps
+    low = schedule.final_lr_ratio
+    if schedule.kind == "cosine":
+        done = (step - schedule.warmup_steps) / max(1, n_steps - schedule.warmup_steps)
+        return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    decaying = schedule.decay_fraction * n_steps
+    done = (step - (n_steps - decaying)) / max(1.0, decaying)
+    if schedule.kind == "constant" or done <= 0:
+        return peak
+    return peak * (low + (1 - low) * (1 - math.sqrt(min(1.0, done))))
+
+
+def _causal_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001 (None by construction: each row holds one crystal)
+    scaling: float,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention without a mask, so that the flash kernel runs, compiled or not.
+
+    transformers' own "sdpa" builds a mask when it is traced, to look for packed rows (find_packed_sequence_indices).
+    """
+    attended = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        dropout_p=dropout,
+        scale=scaling,
+        is_causal=True,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return attended.transpose(1, 2).contiguous(), None
+
+
+class _SummedLoss(nn.Module):
+    """A causal LM with its loss: (input ids, labels) -> sum of the negative log-likelihoods, in nats."""
+
+    def __init__(self, model: nn.Module, device_type: str, *, bfloat16: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.device_type = device_type
+        self.bfloat16 = bfloat16
+
+    def forward(self, inputs_BT: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.bfloat16):
+            logits_BTV = self.model(input_ids=inputs_BT, use_cache=False).logits
+        flat = logits_BTV.float().view(-1, logits_BTV.shape[-1])
+        return F.cross_entropy(flat, labels_BT.view(-1), ignore_index=IGNORED, reduction="sum")
+
+
+def _add_residual_dropout(model: nn.Module, probability: float) -> None:
+    """Drop out the embedding and what each layer adds to the residual stream, by hooks: the model stays a Llama."""
+
+    def drop(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
+        return F.dropout(output, probability, training=module.training)
+
+    for name, module in model.named_modules():
+        if name.endswith(("embed_tokens", "o_proj", "down_proj")):
+            module.register_forward_hook(drop)
+
+
+@dataclass
+class _Progress:
+    """Where a run stands: what a checkpoint carries beside weights."""
+
+    step: int = 0
+    epoch: int = 0
+    step_in_epoch: int = 0
+    n_tokens: int = 0
+    best_loss: float = math.inf
+    best_step: int = 0
+    evaluations_since_best: int = 0
+
+
+class _Run:
+    """One process's part of a run."""
+
+    def __init__(self, recipe: TrainingRecipe, out: Path, source: TokenSource, resume: bool) -> None:
+        from accelerate import Accelerator
+        from transformers import AttentionInterface
+
+        self.recipe, self.out, self.source = recipe, out, source
+        self.info = source.info
+        self.accelerator = Accelerator(
+            mixed_precision="no"
+        )  # autocast is in _SummedLoss, inside the compiled part
+        self.device: torch.device = self.accelerator.device
+        self.is_main = self.accelerator.is_main_process
+        self.world = self.accelerator.num_processes
+        self.checkpoints = out / "checkpoints"
+        self.max_length = min(recipe.data.max_length or 10**9, recipe.model.max_positions + 1)
+        if self.is_main:
+            if not resume:
+                for name in ("checkpoints", "metrics.jsonl", "recipe.yaml", "model"):
+                    _remove(out / name)
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        AttentionInterface.register("crystallm_kit_causal", _causal_attention)
+        self.model = new_model(recipe.model, self.info.vocabulary, seed=recipe.seed)
+        self.model.config._attn_implementation = "crystallm_kit_causal"
+        self.model.to(self.device).train()
+        if recipe.residual_dropout:
+            _add_residual_dropout(self.model, recipe.residual_dropout)
+        self.weights: list[nn.Parameter] = [p for p in self.model.parameters() if p.requires_grad]
+        self.averages = [w.detach().clone() for w in self.weights] if recipe.ema_decay else []
+        loss = _SummedLoss(self.model, self.device.type, bfloat16=self._is_bfloat16())
+        if recipe.compile and self.device.type == "cuda":
+            loss.compile(dynamic=True)
+        self.loss: nn.Module = self.accelerator.prepare_model(loss)
+        self.optimizer = self._optimizer()
+        self.progress = _Progress()
+        torch.manual_seed(recipe.seed + 1_000_003 * self.accelerator.process_index)
+        self._data: DeviceExamples
+        self._validation: tuple[DeviceExamples, list[Step]] | None = None
+        self.n_steps = self._total_steps()
+        self._pending: list[tuple[int, torch.Tensor, torch.Tensor, float, int]] = []
+        self.screen = _Screen(
+            self.n_steps, self._flops_per_token(), self._peak_flops(), quiet=not self.is_main
+        )
+
+    def train(self) -> TrainingResult:
+        """Run to the end, or to a reason to stop."""
+        self._restore()
+        self._write_recipe()
+        stop = _StopSignal()
+        stopped: Literal["done", "early", "time", "signal"] = "done"
+        begun = time.monotonic()
+        recipe, progress = self.recipe, self.progress
+        self.screen.start(progress.step, self._describe())
+        steps = self._steps()
+        with stop:
+            while progress.step < self.n_steps:
+                self._step(next(steps))
+                is_last = progress.step == self.n_steps
+                if progress.step % recipe.log_every == 0 or is_last:
+                    self._flush()
+                is_better = False
+                if progress.step % recipe.eval_every == 0 or is_last:
+                    is_better = self._evaluate()
+                out_of_time = recipe.max_minutes and time.monotonic() - begun > 60 * recipe.max_minutes
+                if self._any(stop.asked):
+                    stopped = "signal"
+                elif self._any(bool(out_of_time)) and not is_last:
+                    stopped = "time"
+                elif (
+                    recipe.early_stopping_patience is not None
+                    and progress.evaluations_since_best >= recipe.early_stopping_patience
+                ):
+                    stopped = "early"
+                if is_better:
+                    self._save_best()
+                if progress.step % recipe.checkpoint_every == 0 or is_last or stopped != "done":
+                    self._flush()
+                    self._save()
+                if stopped != "done":
+                    break
+        if stopped == "signal":
+            self.screen.say(
+                f"stopped by a signal at step {progress.step:,}; the same command goes on from there"
+            )
+            return TrainingResult(stopped, progress.step, None, progress.best_loss, self.screen.mean_rate())
+        if progress.best_step == 0:
+            self._evaluate()
+            self._save_best()
+        folder = self._export()
+        return TrainingResult(stopped, progress.step, folder, progress.best_loss, self.screen.mean_rate())
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def _step(self, step: Step) -> None:
+        recipe, data = self.recipe, self._data
+        rate = learning_rate(self.progress.step, self.n_steps, recipe)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        total = torch.zeros((), device=self.device)
+        for i, group in enumerate(step.groups):
+            inputs_BT, labels_BT = data.batch(self._own(group.rows), group.n_positions)
+            is_last = i == len(step.groups) - 1
+            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.loss):
+                summed = self.loss(inputs_BT, labels_BT)
+                # DDP takes the mean of the gradients over processes; what is wanted is their sum
+                self.accelerator.backward(summed * (self.world / step.n_targets))
+            total += summed.detach()
+        norm = nn.utils.clip_grad_norm_(self.weights, recipe.optimizer.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.step += 1
+        self.progress.step_in_epoch += 1
+        self.progress.n_tokens += step.n_tokens
+        if self.averages:
+            decay = min(recipe.ema_decay, self.progress.step / (self.progress.step + 10))
+            torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
+        self._pending.append((self.progress.step, total / step.n_targets, norm, rate, step.n_tokens))
+
+    def _steps(self) -> Iterator[Step]:
+        """Yield the steps from where the run stands, epoch after epoch."""
+        while True:
+            epoch, first = self.progress.epoch, self.progress.step_in_epoch
+            examples = self.source.examples(epoch)
+            self._data = self._put(examples)
+            for i, step in enumerate(self._plan(examples, epoch)):
+                if i >= first:
+                    yield step
+            self.progress.epoch, self.progress.step_in_epoch = epoch + 1, 0
+
+    def _plan(self, examples: Examples, epoch: int | None) -> Iterator[Step]:
+        return epoch_steps(
+            examples,
+            batch_tokens=self.recipe.batch_tokens,
+            micro_tokens=self.recipe.micro_tokens * self.world,
+            max_length=self.max_length,
+            loss_on_prompt=self.recipe.data.loss_on_prompt,
+            row_multiple=self.world,
+            order=None if epoch is None else np.random.default_rng([self.recipe.seed, epoch]),
+        )
+
+    def _own(self, rows: np.ndarray) -> np.ndarray:
+        return rows[self.accelerator.process_index :: self.world]
+
+    def _put(self, examples: Examples) -> DeviceExamples:
+        return DeviceExamples(
+            examples,
+            self.device,
+            pad_token_id=self.info.vocabulary.pad_token_id,
+            loss_on_prompt=self.recipe.data.loss_on_prompt,
+        )
+
+    def _total_steps(self) -> int:
+        """Return the run's length; an epoch counts as many steps as the first has."""
+        if self.recipe.steps is not None:
+            return self.recipe.steps
+        n = sum(1 for _ in self._plan(self.source.examples(0), 0))
+        return max(1, round(n * (self.recipe.epochs or 0)))
+
+    # -- losses --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _evaluate(self) -> bool:
+        """Measure the validation loss on the averaged weights; return whether it is the best so far."""
+        self._flush()
+        if self._validation is None:
+            examples = self.source.validation()
+            self._validation = (self._put(examples), list(self._plan(examples, None)))
+        data, steps = self._validation
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        self.model.eval()
+        with self._averaged():
+            for step in steps:
+                for group in step.groups:
+                    total += self.loss(*data.batch(self._own(group.rows), group.n_positions)).double()
+        self.model.train()
+        summed = self.accelerator.reduce(total, "sum")
+        loss = float(summed) / sum(step.n_targets for step in steps)
+        self._check_finite(loss, "validation loss", self.progress.step)
+        progress = self.progress
+        is_better = loss < progress.best_loss
+        progress.evaluations_since_best = 0 if is_better else progress.evaluations_since_best + 1
+        if is_better:
+            progress.best_loss, progress.best_step = loss, progress.step
+        self._write_metrics([{"step": progress.step, "validation_loss": loss}])
+        self.screen.validated(progress.step, loss)
+        return is_better
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Exchange the weights for their running mean, in place, and put them back bit by bit."""
+        if not self.averages:
+            yield
+            return
+        kept = [weight.detach().clone() for weight in self.weights]
+        with torch.no_grad():
+            torch._foreach_copy_(self.weights, self.averages)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self.weights, kept)
+
+    def _flush(self) -> None:
+        """Bring the losses since the last call to the host (the only wait for the GPU), check and write them."""
+        if not self._pending:
+            return
+        numbers = torch.stack([torch.stack((loss, norm)) for _, loss, norm, _, _ in self._pending])
+        rows: list[list[float]] = self.accelerator.reduce(numbers[:, 0], "sum")[:, None].tolist()
+        norms: list[float] = numbers[:, 1].tolist()
+        records = []
+        for (step, _, _, rate, n_tokens), (loss,), norm in zip(self._pending, rows, norms, strict=True):
+            self._check_finite(loss, "loss", step)
+            self._check_finite(norm, "gradient", step)
+            records.append(
+                {"step": step, "loss": loss, "gradient_norm": norm, "lr": rate, "tokens": n_tokens}
+            )
+        self._pending.clear()
+        self._write_metrics(records)
+        self.screen.logged(records)
+
+    def _check_finite(self, value: float, what: str, step: int) -> None:
+        if math.isfinite(value):
+            return
+        last = _last_checkpoint(self.checkpoints)
+        kept = f"the checkpoint of step {int(last.name):,} is good" if last else "there is no checkpoint yet"
+        lr, clip = self.recipe.optimizer.lr, self.recipe.optimizer.gradient_clip
+        raise TrainingError(
+            f"{self.out}: the {what} is {value} at step {step:,}; {kept}. Lower optimizer.lr (now {lr:g}) or "
+            f"optimizer.gradient_clip (now {clip:g}), or raise schedule.warmup_steps "
+            f"(now {self.recipe.schedule.warmup_steps}), and begin anew in another folder."
+        )
+
+    def _any(self, flag: bool) -> bool:
+        """Return whether any process says so. Several processes ask each other only at log steps."""
+        if self.world == 1:
+            return flag
+        if self.progress.step % self.recipe.log_every:
+            return False
+        told = self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum")
+        return bool(told > 0)
+
+    # -- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Write a checkpoint, whole or not at all, and drop all but the last two."""
+        from accelerate.utils import gather_object
+
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        all_random = gather_object([random])
+        if self.is_main:
+            folder = self.checkpoints / f"{self.progress.step:08d}"
+            state = {
+                "progress": dataclasses.asdict(self.progress),
+                "model": {name: w.detach() for name, w in self.model.named_parameters()},
+                "averages": self.averages,
+                "optimizer": self.optimizer.state_dict(),
+                "random": all_random,
+                "recipe": recipe_to_dict(self.recipe),
+                "data_sha256": self.source.sha256,
+            }
+            self._write_folder(folder, {"state.pt": state})
+            for old in _checkpoint_folders(self.checkpoints)[:-2]:
+                shutil.rmtree(old)
+        self.accelerator.wait_for_everyone()
+
+    def _save_best(self) -> None:
+        if self.is_main:
+            with self._averaged():
+                weights = {name: w.detach().clone() for name, w in self.model.named_parameters()}
+            self._write_folder(
+                self.checkpoints / "best",
+                {"weights.pt": {"step": self.progress.best_step, "weights": weights}},
+            )
+
+    def _write_folder(self, folder: Path, files: dict[str, Any]) -> None:
+        writing = folder.with_name(f".{folder.name}.writing")
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir()
+        try:
+            for name, content in files.items():
+                torch.save(content, writing / name)
+        except (RuntimeError, OSError) as error:
+            shutil.rmtree(writing, ignore_errors=True)
+            # torch reports a full disk as a RuntimeError of its zip writer
+            if shutil.disk_usage(self.checkpoints).free < 1e8:
+                raise OSError(errno.ENOSPC, "no space left") from error
+            raise
+        replace_folder(writing, folder)
+
+    def _restore(self) -> None:
+        """Go to the last whole checkpoint, if there is one."""
+        state = None
+        for folder in reversed(_checkpoint_folders(self.checkpoints)):
+            try:
+                state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+                break
+            except (OSError, RuntimeError, EOFError, ValueError) as error:
+                self.screen.say(f"{folder} cannot be read ({error}); trying the one before")
+        if state is None:
+            if self.is_main:
+                self._trim_metrics(0)
+            return
+        self._check_same_run(state)
+        named = dict(self.model.named_parameters())
+        with torch.no_grad():
+            for name, saved in state["model"].items():
+                named[name].copy_(saved)
+            for average, saved in zip(self.averages, state["averages"], strict=True):
+                average.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = _Progress(**state["progress"])
+        random = state["random"]
+        if self.accelerator.process_index < len(random):
+            own = random[self.accelerator.process_index]
+            torch.set_rng_state(own["cpu"])
+            if "cuda" in own and self.device.type == "cuda":
+                torch.cuda.set_rng_state(own["cuda"], self.device)
+        if self.is_main:
+            self._trim_metrics(self.progress.step)
+        self.screen.say(f"resuming at step {self.progress.step:,}")
+
+    def _check_same_run(self, state: dict[str, Any]) -> None:
+        then, now = state["recipe"], recipe_to_dict(self.recipe)
+        changed = [
+            f"{key} was {before}, is {_flat(now).get(key)}"
+            for key, before in _flat(then).items()
+            if key.split(".")[0] not in _FREE_KEYS
+            and not key.startswith(("data.corpus", "data.tokenizer"))
+            and _flat(now).get(key) != before
+        ]
+        if state["data_sha256"] != self.source.sha256:
+            changed.append("the corpus has another content")
+        if changed:
+            raise RecipeError(
+                f"{self.out}: holds a run with other settings: {'; '.join(changed)}. "
+                "Name another folder, or begin anew with --fresh, which removes that run."
+            )
+
+    # -- output --------------------------------------------------------------------------------------------------
+
+    def _export(self) -> Path:
+        """Write out/model from the best or the last weights."""
+        folder = self.out / "model"
+        if self.is_main:
+            with self._averaged():
+                if self.recipe.export == "best":
+                    best = torch.load(
+                        self.checkpoints / "best" / "weights.pt", map_location="cpu", weights_only=True
+                    )["weights"]
+                    named = dict(self.model.named_parameters())
+                    with torch.no_grad():
+                        for name, saved in best.items():
+                            named[name].copy_(saved)
+                self.model.config._attn_implementation = "sdpa"
+                save_model(
+                    folder,
+                    self.model,
+                    self.recipe.data.tokenizer,
+                    self._manifest(),
+                    dtype=self.recipe.export_dtype,
+                    max_shard_mb=self.recipe.export_shard_mb,
+                )
+        self.accelerator.wait_for_everyone()
+        self.screen.say(f"wrote {folder}")
+        return folder
+
+    def _manifest(self) -> Manifest:
+        progress = self.progress
+        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return Manifest(
+            recipe=recipe_to_dict(self.recipe),
+            format=self.info.format,
+            format_settings=dict(self.info.format_settings),
+            template=self.info.template,
+            template_sha256=self.info.template_sha256,
+            data_sha256=self.source.sha256,
+            seed=self.recipe.seed,
+            git_commit=git_commit(),
+            versions=library_versions(),
+            device=f"{self.world} x {device}",
+            results={
+                "validation_loss": progress.best_loss,
+                "validation_loss_step": progress.best_step,
+                "steps": progress.step,
+                "training_tokens": progress.n_tokens,
+                "tokens_per_second": round(self.screen.mean_rate()),
+                "parameters": sum(weight.numel() for weight in self.weights),
+            },
+        )
+
+    def _write_recipe(self) -> None:
+        if self.is_main:
+            text = yaml.safe_dump(recipe_to_dict(self.recipe), sort_keys=False)
+            (self.out / "recipe.yaml").write_text(text, encoding="utf-8")
+
+    def _write_metrics(self, records: list[dict[str, Any]]) -> None:
+        if self.is_main:
+            with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+
+    def _trim_metrics(self, step: int) -> None:
+        """Drop the lines after a step, and a half-written last line, so that a resumed run logs no step twice."""
+        path = self.out / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            with contextlib.suppress(ValueError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+        writing = path.with_suffix(".writing")
+        writing.write_text("".join(kept), encoding="utf-8")
+        writing.replace(path)
+
+    # -- set-up --------------------------------------------------------------------------------------------------
+
+    def _is_bfloat16(self) -> bool:
+        return self.recipe.precision == "bfloat16" and self.device.type == "cuda"
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        recipe = self.recipe.optimizer
+        groups = [
+            {"params": [w for w in self.weights if w.ndim >= 2], "weight_decay": recipe.weight_decay},
+            {"params": [w for w in self.weights if w.ndim < 2], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=self.device.type == "cuda"
+        )
+
+    def _flops_per_token(self) -> float:
+        """Return 6 FLOPs per weight that a token meets (an embedding row is looked up, unless it is the head too).
+
+        Attention over texts of tens of tokens adds a few per cent, left out.
+        """
+        n = sum(weight.numel() for weight in self.weights)
+        if not self.recipe.model.tie_embeddings:
+            n -= self.info.vocabulary.size * self.recipe.model.hidden_size
+        return 6.0 * n
+
+    def _peak_flops(self) -> float | None:
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((peak * self.world for part, peak in _PEAK_FLOPS.items() if part in name), None)
+
+    def _describe(self) -> str:
+        n = sum(weight.numel() for weight in self.weights)
+        plan = list(self._plan(self.source.examples(0), 0))
+        real, padded = sum(step.n_tokens for step in plan), sum(step.n_padded for step in plan)
+        lengths = np.diff(self.source.examples(0).offsets)
+        dropped = int((lengths > self.max_length).sum())
+        return (
+            f"{n:,} weights, {self.n_steps:,} steps; epoch 0: {len(lengths):,} examples, {dropped} too long, "
+            f"{real:,} tokens, {len(plan)} steps, padding {1 - real / padded:.1%}"
+        )
+
+
+class _Screen:
+    """Progress for people: a live line on a terminal, plain lines elsewhere."""
+
+    def __init__(
+        self, n_steps: int, flops_per_token: float, peak_flops: float | None, *, quiet: bool
+    ) -> None:
+        self.n_steps, self.flops_per_token, self.peak_flops, self.quiet = (
+            n_steps,
+            flops_per_token,
+            peak_flops,
+            quiet,
+        )
+        self.validation = ""
+        self.seconds = 0.0
+        self.n_tokens = 0
+        self.is_terminal = sys.stderr.isatty()
+        self._mark = time.perf_counter()
+
+    def start(self, step: int, description: str) -> None:
+        """Print what is about to run, and start the clock."""
+        self.say(f"{description}{f', from step {step:,}' if step else ''}")
+        self._mark = time.perf_counter()
+
+    def logged(self, records: list[dict[str, Any]]) -> None:
+        """Print the mean loss of some steps, which have just ended, and the rate at which they ran."""
+        now = time.perf_counter()
+        seconds, n_tokens = now - self._mark, sum(record["tokens"] for record in records)
+        self._mark = now
+        self.seconds += seconds
+        self.n_tokens += n_tokens
+        rate = n_tokens / seconds
+        step, loss = records[-1]["step"], sum(record["loss"] for record in records) / len(records)
+        left = (self.n_steps - step) * seconds / len(records)
+        used = f"  MFU {rate * self.flops_per_token / self.peak_flops:.0%}" if self.peak_flops else ""
+        self.say(
+            f"step {step:,}/{self.n_steps:,}  loss {loss:.4f}{self.validation}  lr {records[-1]['lr']:.1e}  "
+            f"{rate:,.0f} tokens/s{used}  {int(left) // 60}:{int(left) % 60:02d} left",
+            live=True,
+        )
+
+    def validated(self, step: int, loss: float) -> None:
+        """Note a validation loss; the time that it took counts for no step."""
+        self.validation = f"  validation {loss:.4f}"
+        self.say(f"step {step:,}  validation loss {loss:.4f}")
+        self._mark = time.perf_counter()
+
+    def say(self, text: str, *, live: bool = False) -> None:
+        """Print a line to stderr; a live one is overwritten by the next on a terminal."""
+        if self.quiet:
+            return
+        if self.is_terminal:
+            sys.stderr.write(f"\r\x1b[2K{text}" + ("" if live else "\n"))
+            sys.stderr.flush()
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def mean_rate(self) -> float:
+        """Return tokens per second over all steps so far."""
+        return self.n_tokens / self.seconds if self.seconds else 0.0
+
+
+class _StopSignal:
+    """SIGTERM, noted and acted on between two steps."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> "_StopSignal":
+        with contextlib.suppress(ValueError):  # not the main thread: whoever owns it handles signals
+            self._before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _note(self, *_: object) -> None:
+        self.asked = True
+
+
+def _checkpoint_folders(checkpoints: Path) -> list[Path]:
+    """Return the folders of whole checkpoints, oldest first; half-written ones have names that begin with a dot."""
+    return sorted(f for f in checkpoints.iterdir() if f.name.isdecimal()) if checkpoints.is_dir() else []
+
+
+def _last_checkpoint(checkpoints: Path) -> Path | None:
+    return next(reversed(_checkpoint_folders(checkpoints)), None)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _flat(data: dict[str, Any], before: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{before}{key}."))
+        else:
+            flat[f"{before}{key}"] = value
+    return flat
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a recipe from the command line; return the exit code (0 also after SIGTERM, 2 for a user's mistake)."""
+    parser = argparse.ArgumentParser(
+        prog="python -m crystallm_kit.models.training", description=train.__doc__
+    )
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--npz", type=Path, help="token arrays; wins over the recipe's data.corpus")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="for example optimizer.lr=1e-3"
+    )
+    parser.add_argument("--fresh", action="store_true", help="remove the run that --out holds")
+    options = parser.parse_args(arguments)
+    overrides = list(options.set)
+    if options.npz:
+        overrides.append(f"data.corpus={json.dumps(os.fspath(options.npz))}")
+    try:
+        recipe = load_recipe(options.recipe, TrainingRecipe, tuple(overrides))
+        result = train(recipe, options.out, resume=not options.fresh)
+    except UserError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    print(json.dumps(recipe_to_dict(result)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
