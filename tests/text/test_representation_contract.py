@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from functools import cache
 
 import numpy as np
 import pytest
@@ -18,17 +19,20 @@ from crystallm_kit.text.representation import REPRESENTATIONS, cut, representati
 FORMATS = sorted(REPRESENTATIONS)
 
 
+@cache
 def rock_salt() -> Structure:
     """NaCl, AFLOW AB_cF8_225_a_b, https://aflow.org/p/AB_cF8_225_a_b-001; a as measured, 5.6402 angstrom."""
     return Structure.from_spacegroup(225, Lattice.cubic(5.6402), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
 
 
+@cache
 def rutile() -> Structure:
     """TiO2, AFLOW A2B_tP6_136_f_a, https://aflow.org/p/A2B_tP6_136_f_a-001."""
     lattice = Lattice.tetragonal(4.5937, 2.9587)
     return Structure.from_spacegroup(136, lattice, ["Ti", "O"], [[0, 0, 0], [0.3053, 0.3053, 0]])
 
 
+@cache
 def wurtzite() -> Structure:
     """ZnS, hexagonal, AFLOW AB_hP4_186_b_b, https://aflow.org/p/AB_hP4_186_b_b-001."""
     lattice = Lattice.hexagonal(3.8227, 6.2607)
