@@ -1,9 +1,9 @@
-r"""The tokens that the kit's own prompts add to the `wyckoff` alphabet; prompts.py says how they are put together.
+r"""The tokens that the kit's own prompts add to the `wyckoff` alphabet; prompts.py puts them together.
 
     elements=BaTiO n_elements=3 anonymous=1 1 3 sites=5 system=cubic band_gap=1.80 spacegroup=221\ncrystal\n
 
-Element symbols, counts "3 ", space groups "221\n", integer parts "1." and hundredths "80 " are the format's own
-tokens. The formation energy has a second keyword, with a minus sign, so that no token is needed for the sign.
+Element symbols, counts "3 ", space groups "221\n", integer parts "1." and hundredths "80 " are the format's
+own tokens. The formation energy has a second keyword, with a minus sign, so that the sign needs no token.
 
 Not here: what the conditions mean (records.Conditions).
 """
