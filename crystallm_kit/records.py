@@ -140,7 +140,7 @@ class Verdict:
     Attributes:
         valid: True if every check of the protocol passed.
         reason: None if valid, else one of: truncated, parse:<reason>, formula_mismatch, spacegroup_mismatch,
-            overlap, cell, density, charge, duplicate, known, error.
+            overlap, cell, density, charge, bonds, duplicate, known, error.
         detail: For a person: where, got, expected.
         checks: Check name -> passed, in the order in which they ran; a check after the first failure that was
             not run is absent.

@@ -1,0 +1,181 @@
+"""How many samples pass each gate, from what was requested down to what is valid and new.
+
+    requested 8 | finished 7 | parsed 6 | formula 6 | symmetry 5 | distances 4 | charge 4 | unique 3
+
+Each count holds the samples that passed this gate and all before it; the denominator is always what was
+requested, and every sample that is missing at the end has its one reason. "parsed" means parsed into a
+crystal with a cell.
+
+Not here: the checks (validity.py); novelty against training data (novelty.py).
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from pymatgen.core import Molecule, Structure
+
+from crystallm_kit.errors import EmptyInput
+from crystallm_kit.records import Sample, Verdict
+
+# The gate at which a reason stops a sample; later gates are those to the right in STAGES.
+STAGES = ("requested", "finished", "parsed", "formula", "symmetry", "distances", "charge", "unique")
+_STOPPED_AT = {
+    "truncated": "finished",
+    "error": "finished",
+    "cell": "parsed",
+    "formula_mismatch": "formula",
+    "spacegroup_mismatch": "symmetry",
+    "overlap": "distances",
+    "density": "distances",
+    "bonds": "distances",
+    "charge": "charge",
+    "duplicate": "unique",
+}
+_MOLECULE_DISTANCE_ANGSTROM = 0.1
+
+
+@dataclass(frozen=True)
+class Funnel:
+    """Counts of samples at each gate, in the order of `STAGES`, and what stopped the rest.
+
+    Attributes:
+        requested: All samples; the denominator of everything.
+        finished: Ended by the model, not cut.
+        parsed: The text is a crystal in a real cell.
+        formula: Composition and number of sites are as asked, where asked.
+        symmetry: Space group and crystal system are as asked and as stated, where so.
+        distances: No overlap, plausible density.
+        charge: Charge-balanced; so valid.
+        unique: Valid and not the copy of an earlier sample.
+        reasons: Reason -> samples it stopped, most frequent first; they sum to requested - unique.
+    """
+
+    requested: int
+    finished: int
+    parsed: int
+    formula: int
+    symmetry: int
+    distances: int
+    charge: int
+    unique: int
+    reasons: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the counts and the reasons, for JSON."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """Return the text that the command prints: a line a gate, then a line a reason."""
+        width = len(str(self.requested))
+        gates = [
+            f"{stage:<10} {getattr(self, stage):>{width}}  {getattr(self, stage) / self.requested:7.2%}"
+            for stage in STAGES
+        ]
+        return gates + [f"  stopped by {reason}: {count}" for reason, count in self.reasons.items()]
+
+
+def funnel(samples: Iterable[Sample]) -> Funnel:
+    """Count samples through the gates. Copies count as unique until `mark_duplicates` has marked them.
+
+    A reason that no gate knows ("known", the verdicts of another stage) stops a sample at the last one.
+
+    Raises:
+        EmptyInput: If there are no samples (0/0 is not a rate).
+    """
+    stopped: Counter[str] = Counter()
+    reasons: Counter[str] = Counter()
+    requested = 0
+    for sample in samples:
+        requested += 1
+        reason = sample.verdict.reason
+        if reason is not None:
+            reasons[reason] += 1
+            stopped[stage_of(reason, sample.verdict)] += 1
+    if not requested:
+        raise EmptyInput("funnel: no samples, so no rates; pass every request's sample, failures included")
+    counts, left = {}, requested
+    for stage in STAGES:
+        left -= stopped[stage]
+        counts[stage] = left
+    return Funnel(**counts, reasons=dict(reasons.most_common()))
+
+
+def stage_of(reason: str, verdict: Verdict | None = None) -> str:
+    """Return the gate at which a reason stops a sample.
+
+    A cell that exists, but outside the protocol's ranges ("cell" after the composition passed), stops at
+    distances.
+    """
+    if reason.startswith("parse:"):
+        return "parsed"
+    if reason == "cell" and verdict is not None and verdict.checks.get("sensible_cell") is False:
+        return "distances"
+    return _STOPPED_AT.get(reason, "unique")
+
+
+def mark_duplicates(samples: Iterable[Sample]) -> list[Sample]:
+    """Return the samples in order, with every valid copy of an earlier valid one judged "duplicate".
+
+    Two crystals are the same if pymatgen's StructureMatcher says so at its default tolerances (0.2, 0.3, 5
+    degrees, primitive cells, scaled) and their reduced formulas are equal; a supercell is a copy. Two
+    molecules are the same if all distances between elements agree within 0.1 angstrom (mirror images are not
+    told apart). The first seen is kept; the verdict of a copy names it. StructureMatcher is neither symmetric
+    nor transitive, so another order of the samples can change the count a little.
+
+    Cost: one primitive-cell reduction a sample, then one comparison for each earlier different crystal of the
+    same formula and number of sites (others cannot match).
+    """
+    from pymatgen.analysis.structure_matcher import StructureMatcher
+
+    matcher = StructureMatcher()
+    seen: dict[tuple[Any, ...], list[tuple[str, Any]]] = {}
+    marked = []
+    for sample in samples:
+        structure = sample.structure
+        if not sample.verdict.valid or structure is None:
+            marked.append(sample)
+            continue
+        if isinstance(structure, Molecule):
+            key, form = _molecule_form(structure)
+        else:
+            key, form = _crystal_form(structure, matcher)
+        earlier = seen.setdefault(key, [])
+        same = _molecules_agree if isinstance(structure, Molecule) else _matches(matcher)
+        first = next((name for name, other in earlier if same(other, form)), None)
+        if first is None:
+            earlier.append((sample.id, form))
+            marked.append(replace(sample, verdict=_with_check(sample.verdict, True)))
+        else:
+            verdict = replace(_with_check(sample.verdict, False), valid=False, reason="duplicate")
+            marked.append(replace(sample, verdict=replace(verdict, detail=f"same crystal as sample {first}")))
+    return marked
+
+
+def _with_check(verdict: Verdict, passed: bool) -> Verdict:
+    return replace(verdict, checks={**verdict.checks, "unique": passed})
+
+
+def _crystal_form(structure: Structure, matcher: Any) -> tuple[tuple[Any, ...], Structure]:
+    # What StructureMatcher.fit would do to both sides at each comparison; done once, it saves most time.
+    reduced = matcher._get_reduced_structure(structure, True, True)
+    return ("crystal", structure.composition.reduced_formula, len(reduced)), reduced
+
+
+def _matches(matcher: Any) -> Any:
+    return lambda first, later: matcher.fit(first, later, skip_structure_reduction=True)
+
+
+def _molecule_form(molecule: Molecule) -> tuple[tuple[Any, ...], Any]:
+    numbers = np.array([site.specie.Z for site in molecule])
+    first, second = np.triu_indices(len(numbers), 1)
+    offsets = molecule.cart_coords[first] - molecule.cart_coords[second]
+    distance = np.sqrt((offsets * offsets).sum(1))
+    low, high = np.minimum(numbers[first], numbers[second]), np.maximum(numbers[first], numbers[second])
+    return ("molecule", molecule.composition.formula), distance[np.lexsort((distance, high, low))]
+
+
+def _molecules_agree(first: Any, later: Any) -> bool:
+    return bool((np.abs(first - later) <= _MOLECULE_DISTANCE_ANGSTROM).all())
