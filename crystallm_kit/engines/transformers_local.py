@@ -1,0 +1,161 @@
+"""Sampling with transformers in this process: batched, with a key-value cache, constrained.
+
+Prompts of one length share a batch. Finished samples leave it, and the cache shrinks with them. Every draw uses a
+number of its own, made from (seed, position of the prompt, position of the token), so results do not depend on
+how prompts fall into batches (up to rounding of the logits).
+
+Not here: other engines (engine.py has the table); vLLM, which batches better and serves many users.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from crystallm_kit.engines.engine import Prompt, Sampling
+from crystallm_kit.records import Completion
+from crystallm_kit.tokens.masking import WyckoffConstraint
+from crystallm_kit.tokens.tokenizer import encode_strict
+
+# The batch is cut down to its unfinished rows when that saves this share of it. Copying the cache has a price.
+_WORTH_SHRINKING = 0.15
+
+
+class TransformersEngine:
+    """A causal LM of transformers.
+
+    Args:
+        model: A causal LM; moved to `device` as it is.
+        tokenizer: Its tokenizer; the end token is `tokenizer.eos_token_id`.
+        batch_size: Samples at a time.
+        device: Default: cuda where there is one.
+    """
+
+    name = "transformers"
+    steerable = True
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, batch_size: int = 256, device: str | torch.device | None = None
+    ) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.model = model.to(self.device).eval()
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+
+    def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Completion]:
+        """Yield one completion for each prompt, in order, as soon as all before it are there."""
+        ids = [encode_strict(self.tokenizer, p.text) for p in prompts]
+        given = [encode_strict(self.tokenizer, p.beginning) if p.beginning else [] for p in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: (len(ids[i]), prompts[i].request is None))
+        ready: dict[int, Completion] = {}
+        following = 0
+        for rows in self._batches(order, ids, prompts):
+            for completion in self._complete_batch(rows, [ids[i] for i in rows], [given[i] for i in rows], prompts, sampling):
+                ready[completion.index] = completion
+            while following in ready:
+                yield ready.pop(following)
+                following += 1
+
+    def _batches(self, order: list[int], ids: list[list[int]], prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+        """Yield rows of equal prompt length that are all constrained or all not."""
+        batch: list[int] = []
+        for i in order:
+            same = batch and len(ids[i]) == len(ids[batch[0]])
+            same = same and (prompts[i].request is None) == (prompts[batch[0]].request is None)
+            if batch and (not same or len(batch) == self.batch_size):
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    @torch.inference_mode()
+    def _complete_batch(
+        self,
+        rows: list[int],
+        prompt_ids: list[list[int]],
+        given: list[list[int]],
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+    ) -> Iterator[Completion]:
+        size, end = len(rows), self.tokenizer.eos_token_id
+        limit = min(sampling.max_new_tokens, self._positions() - len(prompt_ids[0]))
+        draws = np.stack([np.random.default_rng((sampling.seed, row)).random(limit, dtype=np.float32) for row in rows])
+        draws_BT = torch.from_numpy(draws).to(self.device)
+        given_BT = torch.full((size, limit), -1, dtype=torch.long, device=self.device)
+        for b, beginning in enumerate(given):
+            given_BT[b, : len(beginning)] = torch.tensor(beginning[:limit])
+        tokens_BT = torch.full((size, limit), end, dtype=torch.long, device=self.device)
+        log_probability_B = torch.zeros(size, dtype=torch.float64, device=self.device)
+        length_B = torch.full((size,), limit, dtype=torch.long, device=self.device)
+        ended_B = torch.zeros(size, dtype=torch.bool, device=self.device)
+        active = torch.arange(size, device=self.device)
+        inputs = torch.tensor(prompt_ids, device=self.device)
+        constraint = self._constraint([prompts[i] for i in rows])
+        cache = None
+        for t in range(limit):
+            output = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = output.past_key_values
+            logits_BV = output.logits[:, -1].float()
+            if constraint is not None:
+                logits_BV = logits_BV.masked_fill(~constraint.mask(), -torch.inf)
+            token_B = _draw(logits_BV, sampling, draws_BT[active, t])
+            forced_B = given_BT[active, t]
+            token_B = torch.where(forced_B >= 0, forced_B, token_B)
+            chosen = torch.log_softmax(logits_BV, -1).gather(1, token_B[:, None]).squeeze(1)
+            log_probability_B[active] += chosen.double()
+            tokens_BT[active, t] = token_B
+            if constraint is not None:
+                constraint.advance(token_B)
+            finished = token_B == end
+            ended_B[active[finished]] = True
+            length_B[active[finished]] = t + 1
+            inputs = token_B[:, None]
+            running = ~ended_B[active]
+            n_running = int(running.sum())
+            if n_running == 0:
+                break
+            if n_running <= len(active) * (1 - _WORTH_SHRINKING):
+                keep = running.nonzero().squeeze(1)
+                active, inputs = active[keep], inputs[keep]
+                cache.batch_select_indices(keep)
+                if constraint is not None:
+                    constraint = constraint.take(keep)
+        for b, row in enumerate(rows):
+            ids = tuple(tokens_BT[b, : int(length_B[b])].tolist())
+            text = self.tokenizer.decode(ids, skip_special_tokens=False)
+            stop = "stop" if bool(ended_B[b]) else "length"
+            yield Completion(
+                prompts[row].text, text, ids, stop, float(log_probability_B[b]), sampling.seed, row  # type: ignore[arg-type]
+            )
+
+    def _constraint(self, prompts: Sequence[Prompt]) -> WyckoffConstraint | None:
+        requests = [p.request for p in prompts if p.request is not None]
+        if not requests:
+            return None
+        return WyckoffConstraint(requests, vocabulary_size=self.model.config.vocab_size, device=self.device)
+
+    def _positions(self) -> int:
+        return int(self.model.config.max_position_embeddings)
+
+
+def _draw(logits_BV: torch.Tensor, sampling: Sampling, uniform_B: torch.Tensor) -> torch.Tensor:
+    """Return (B,) ids: the inverse of the cumulative probability at one uniform number for each row."""
+    if sampling.temperature == 0:
+        return logits_BV.argmax(-1)
+    probability = torch.softmax(logits_BV / sampling.temperature, -1)
+    if sampling.top_k or sampling.top_p < 1:
+        ordered, index = probability.sort(-1, descending=True)
+        if sampling.top_k:
+            ordered[:, sampling.top_k :] = 0
+        if sampling.top_p < 1:
+            before = ordered.cumsum(-1) - ordered
+            ordered = ordered.masked_fill(before >= sampling.top_p * ordered.sum(-1, keepdim=True), 0)
+        probability = torch.zeros_like(probability).scatter_(1, index, ordered)
+    cumulative = probability.double().cumsum(-1)
+    point = uniform_B.double()[:, None] * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, point, right=True).squeeze(1)
+    # Rounding may put the point beyond the last token of positive probability.
+    last = (probability > 0).long().cumsum(-1).argmax(-1)
+    return torch.minimum(token, last)
