@@ -1,21 +1,23 @@
-"""Batches: tokenised examples as steps of a training run, each cut into groups of alike length.
+"""Batches: tokenised examples as the steps of a training run, in one of two layouts, both exact.
 
-An example is one crystal: prompt, text and end token. No row ever holds two crystals, so no crystal attends to
-another, positions start at 0, and plain causal attention (the flash kernel of scaled_dot_product_attention) is
-exact. What packing would save is saved by the cut: a step is a random sample of the epoch, sorted by length and cut
-where the padding that is left costs least. The measured padding and the comparison with packed rows under a
-block-diagonal mask are in finetune/README.md.
+An example is one crystal: prompt, text and end token. No crystal attends to another, and positions start at 0 with
+each. The layouts:
 
-    lengths of a step  31 33 35 36 | 44 46 47 | 71   ->  groups (4, 36), (3, 48), (1, 72): rows, positions
+    packed   one row of crystals end to end, their borders given to the flash kernel (GPU): nothing is padded, every
+             pass has the same shape, and a step needs few of them
+    padded   rows of one crystal each, sorted by length and cut into groups where padding costs least: any device
 
-Deterministic: (seed, epoch) fixes every batch, whatever the number of GPUs, so a run resumes at any step.
+    lengths of a step  31 33 35 36 | 44 46 47 | 71   ->  padded groups of (rows, positions) (4, 36), (3, 48), (1, 72)
 
-Legend: B rows, T positions, N examples.
+A step is a random sample of the epoch either way. (seed, epoch) fixes every batch, so a run resumes at any step.
+
+Legend: B rows, T positions, N examples, S sequences of a pack.
 Not here: where examples come from (tokens/corpus.py prepares them), the loop (training.py).
 """
 
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -138,15 +140,23 @@ def write_arrays(
 
 @dataclass(frozen=True)
 class Group:
-    """Rows of one forward pass.
+    """One forward pass.
 
     Attributes:
-        rows: Indices of examples; -1 is a row of padding: (B,) int64.
-        n_positions: T; the longest example has at most n_positions + 1 tokens.
+        rows: Indices of examples; -1 is padding: (B,) int64, or (S,) when packed.
+        n_positions: T of each row, or of the one packed row.
+        lengths: Packed: positions of each sequence, those of the padding at the end included: (S,) int64, with the
+            sum n_positions. None: padded.
     """
 
     rows: np.ndarray
     n_positions: int
+    lengths: np.ndarray | None = None
+
+    @property
+    def n_padded(self) -> int:
+        """Return the number of positions, padding included."""
+        return self.n_positions * (1 if self.lengths is not None else len(self.rows))
 
 
 @dataclass(frozen=True)
@@ -157,59 +167,124 @@ class Step:
         groups: Its forward passes.
         n_targets: Positions with a loss, over all groups.
         n_tokens: Input tokens, padding left out.
-        n_padded: Input positions, padding included.
     """
 
     groups: tuple[Group, ...]
     n_targets: int
     n_tokens: int
-    n_padded: int
 
 
-def epoch_steps(
-    examples: Examples,
-    *,
-    batch_tokens: int,
-    micro_tokens: int,
-    max_length: int,
-    loss_on_prompt: bool,
-    row_multiple: int = 1,
-    order: np.random.Generator | None = None,
-) -> Iterator[Step]:
-    """Return the steps of an epoch: each a random sample of about `batch_tokens` tokens, each example once.
+@dataclass(frozen=True)
+class Layout:
+    """How examples become steps.
 
-    Args:
-        examples: Of the epoch.
-        batch_tokens: Tokens of a step, over all GPUs. The epoch is cut evenly, so that no step is a remainder.
-        micro_tokens: Largest group, in positions: what fits into memory.
+    Attributes:
+        batch_tokens: Tokens of a step, over all GPUs.
+        micro_tokens: Positions of one forward pass on one GPU at most: what fits into memory.
         max_length: Longer examples, in tokens, are left out (a crystal without its end teaches the wrong thing).
         loss_on_prompt: Whether the tokens of prompts count as targets.
-        row_multiple: Rows of a group are filled up to a multiple of it (the number of GPUs).
-        order: Shuffles; None: sorted by length, as for validation.
-
-    Raises:
-        EmptyInput: If no example is left.
+        packed: The layout.
+        n_processes: GPUs that share a step.
     """
-    lengths = np.diff(examples.offsets)
-    kept = np.flatnonzero((lengths <= max_length) & (lengths > 1))
-    if not len(kept):
-        raise EmptyInput(f"no example of 2 to {max_length} tokens among {len(lengths)}.")
-    rows = kept[np.argsort(lengths[kept], kind="stable")] if order is None else order.permutation(kept)
-    n_inputs = lengths[rows] - 1
-    unpaid = 0 if loss_on_prompt else np.maximum(examples.prompt_lengths[rows].astype(np.int64) - 1, 0)
-    n_targets = np.maximum(n_inputs - unpaid, 0)
-    ends = np.cumsum(n_inputs)
-    n_steps = max(1, round(int(ends[-1]) / batch_tokens))
-    cuts = np.searchsorted(ends, ends[-1] * np.arange(1, n_steps) / n_steps, side="right")
-    for part in np.split(np.arange(len(rows)), cuts):
-        if not len(part):
-            continue
-        groups = length_groups(rows[part], n_inputs[part], micro_tokens, batch_tokens // 64, row_multiple)
-        yield Step(
-            groups,
-            max(1, int(n_targets[part].sum())),
-            int(n_inputs[part].sum()),
-            sum(len(group.rows) * group.n_positions for group in groups),
+
+    batch_tokens: int
+    micro_tokens: int
+    max_length: int
+    loss_on_prompt: bool
+    packed: bool
+    n_processes: int = 1
+
+    @property
+    def groups_per_step(self) -> int:
+        """Return the packs of a step: a multiple of the number of processes."""
+        per_process = max(1, round(self.batch_tokens / self.micro_tokens / self.n_processes))
+        return per_process * self.n_processes
+
+    @property
+    def pack_positions(self) -> int:
+        """Return the positions of a pack: the same for all, so that one compiled graph serves them."""
+        wanted = -(-self.batch_tokens // self.groups_per_step)
+        return -(-max(wanted, self.max_length) // 128) * 128
+
+    def own(self, step: Step, process: int) -> list[Group]:
+        """Return the part of a step that one process computes; each process gets as many groups of as many rows."""
+        if self.packed:
+            return list(step.groups[process :: self.n_processes])
+        return [Group(g.rows[process :: self.n_processes], g.n_positions) for g in step.groups]
+
+    def epoch(self, examples: Examples, order: np.random.Generator | None = None) -> Iterator[Step]:
+        """Yield the steps of an epoch: random samples of about batch_tokens tokens, each example once.
+
+        Args:
+            examples: Of the epoch.
+            order: Shuffles; None: in the order given, as for validation.
+
+        Raises:
+            EmptyInput: If no example is short enough.
+        """
+        lengths = np.diff(examples.offsets)
+        rows = np.flatnonzero((lengths <= self.max_length) & (lengths > 1))
+        if not len(rows):
+            raise EmptyInput(f"no example of 2 to {self.max_length} tokens among {len(lengths)}.")
+        if order is not None:
+            rows = order.permutation(rows)
+        n_inputs = lengths[rows] - 1
+        unpaid = (
+            0 if self.loss_on_prompt else np.maximum(examples.prompt_lengths[rows].astype(np.int64) - 1, 0)
+        )
+        n_targets = np.maximum(n_inputs - unpaid, 0)
+        for start, end, groups in (self._packs if self.packed else self._groups)(rows, n_inputs):
+            yield Step(groups, max(1, int(n_targets[start:end].sum())), int(n_inputs[start:end].sum()))
+
+    def _groups(self, rows: np.ndarray, n_inputs: np.ndarray) -> Iterator[tuple[int, int, tuple[Group, ...]]]:
+        ends = np.cumsum(n_inputs)
+        n_steps = max(1, round(int(ends[-1]) / self.batch_tokens))
+        cuts = np.searchsorted(ends, ends[-1] * np.arange(1, n_steps) / n_steps, side="right")
+        bounds = np.unique(np.concatenate(([0], cuts, [len(rows)])))
+        for start, end in itertools.pairwise(bounds.tolist()):
+            yield (
+                start,
+                end,
+                length_groups(
+                    rows[start:end],
+                    n_inputs[start:end],
+                    self.micro_tokens * self.n_processes,
+                    self.batch_tokens // 64,
+                    self.n_processes,
+                ),
+            )
+
+    def _packs(self, rows: np.ndarray, n_inputs: np.ndarray) -> Iterator[tuple[int, int, tuple[Group, ...]]]:
+        ends = np.concatenate(([0], np.cumsum(n_inputs)))
+        n_least = -(-int(ends[-1]) // max(1, self.pack_positions - int(n_inputs.max())))
+        # filled evenly, so that the last pack is no remainder
+        fill = min(self.pack_positions, -(-int(ends[-1]) // n_least) + int(n_inputs.max()))
+        bounds = [0]
+        while bounds[-1] < len(rows):
+            end = int(np.searchsorted(ends, ends[bounds[-1]] + fill, side="right")) - 1
+            bounds.append(min(end, bounds[-1] + self._most_sequences))
+        n_packs = len(bounds) - 1
+        n_steps = max(1, round(n_packs / self.groups_per_step))
+        for part in np.array_split(np.arange(n_packs), n_steps):
+            spans = [(bounds[i], bounds[i + 1]) for i in part]
+            groups = [self._pack(rows[a:b], n_inputs[a:b]) for a, b in spans]
+            while len(groups) % self.n_processes:
+                groups.append(self._pack(rows[:0], n_inputs[:0]))
+            yield spans[0][0], spans[-1][1], tuple(groups)
+
+    @property
+    def _most_sequences(self) -> int:
+        return max(self.pack_positions // 16, 1)
+
+    def _pack(self, rows: np.ndarray, n_inputs: np.ndarray) -> Group:
+        """Return a pack of fixed shape; what is left of it is cut into sequences of padding, then empty ones."""
+        left = self.pack_positions - int(n_inputs.sum())
+        n_padding = self._most_sequences + -(-self.pack_positions // self.max_length) - len(rows)
+        padding = np.clip(left - self.max_length * np.arange(n_padding), 0, self.max_length)
+        return Group(
+            np.concatenate((rows, np.full(n_padding, -1, dtype=np.int64))),
+            self.pack_positions,
+            np.concatenate((n_inputs, padding)),
         )
 
 
@@ -253,6 +328,22 @@ def _filled(rows: np.ndarray, multiple: int) -> np.ndarray:
     return np.concatenate((rows, np.full(missing, -1, dtype=rows.dtype))) if missing else rows
 
 
+class Batch(NamedTuple):
+    """Tensors of one forward pass.
+
+    Attributes:
+        inputs: (B, T) int64.
+        labels: (B, T) int64, shifted already: labels[b, t] follows inputs[b, t]; IGNORED where there is no loss.
+        positions: (1, T) int64: of each token in its crystal.
+        borders: Packed: where crystals begin and end, (S + 1,) int32. None: padded.
+    """
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor
+    borders: torch.Tensor | None
+
+
 class DeviceExamples:
     """Examples of an epoch in a device's memory, from which batches are gathered without the host waiting."""
 
@@ -270,17 +361,29 @@ class DeviceExamples:
         self.n_inputs = self._put(np.maximum(lengths - 1, 0))
         self.first_targets = self._put(np.zeros_like(first_targets) if loss_on_prompt else first_targets)
 
-    def batch(self, rows: np.ndarray, n_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return input ids (B, T) int64 and labels (B, T) int64, already shifted: labels[b, t] follows inputs[b, t]."""
-        rows_B = self._put(rows)
-        positions_T = torch.arange(n_positions, device=self.device)
-        index_BT = self.starts[rows_B][:, None] + positions_T
-        real_BT = positions_T < self.n_inputs[rows_B][:, None]
-        index_BT = torch.where(real_BT, index_BT, 0)
-        inputs_BT = torch.where(real_BT, self.tokens[index_BT], self.pad_token_id).long()
-        paid_BT = real_BT & (positions_T >= self.first_targets[rows_B][:, None])
-        labels_BT = torch.where(paid_BT, self.tokens[index_BT + 1], IGNORED).long()
-        return inputs_BT, labels_BT
+    def batch(self, group: Group) -> "Batch":
+        """Return the tensors of one forward pass."""
+        rows = self._put(group.rows)
+        if group.lengths is None:
+            borders = None
+            positions = torch.arange(group.n_positions, device=self.device)[None]
+            sequence_rows = rows[:, None]
+        else:
+            ends = np.concatenate(([0], np.cumsum(group.lengths)))
+            borders = self._put(ends.astype(np.int32))
+            sequences = torch.repeat_interleave(
+                torch.arange(len(group.rows), device=self.device),
+                self._put(group.lengths),
+                output_size=group.n_positions,
+            )[None]
+            positions = torch.arange(group.n_positions, device=self.device)[None] - borders[sequences]
+            sequence_rows = rows[sequences]
+        real = positions < self.n_inputs[sequence_rows]
+        index = torch.where(real, self.starts[sequence_rows] + positions, 0)
+        inputs = torch.where(real, self.tokens[index], self.pad_token_id).long()
+        paid = real & (positions >= self.first_targets[sequence_rows])
+        labels = torch.where(paid, self.tokens[index + 1], IGNORED).long()
+        return Batch(inputs, labels, positions.long(), borders)
 
     def _put(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

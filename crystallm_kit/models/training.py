@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import dataclasses
 import errno
+import inspect
 import json
 import math
 import os
@@ -30,30 +31,30 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
 from torch import nn
+from torch.nn import functional
 
-from crystallm_kit.errors import ModelError, ReadError, RecipeError, TrainingError, UserError
+from crystallm_kit.errors import RecipeError, TrainingError, UserError
 from crystallm_kit.models.batches import (
     IGNORED,
     ArraySource,
     CorpusInfo,
     DeviceExamples,
     Examples,
+    Layout,
     Step,
     TokenSource,
-    Vocabulary,
-    epoch_steps,
     write_arrays,
 )
 from crystallm_kit.models.checkpoints import (
     Manifest,
     ModelRecipe,
+    Vocabulary,
     git_commit,
     library_versions,
     new_model,
@@ -78,8 +79,20 @@ __all__ = [
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 # Keys that may differ between a run and its resumption: they change where it ends and what it prints, not its steps.
 _FREE_KEYS = frozenset(
-    "epochs steps eval_every checkpoint_every log_every max_minutes early_stopping_patience compile export "
-    "export_dtype export_shard_mb micro_tokens".split()
+    [
+        "epochs",
+        "steps",
+        "eval_every",
+        "checkpoint_every",
+        "log_every",
+        "max_minutes",
+        "early_stopping_patience",
+        "compile",
+        "export",
+        "export_dtype",
+        "export_shard_mb",
+        "micro_tokens",
+    ]
 )
 
 
@@ -152,7 +165,8 @@ class TrainingRecipe:
         ema_decay: Of the running mean of the weights, per step; 0: none. Validation and the model folder use it.
         residual_dropout: Probability, on embeddings and on what layers add to the residual stream. Training only.
         precision: bfloat16 (autocast, on a GPU) or float32.
-        compile: torch.compile on a GPU.
+        rows: Layout (batches.py); auto: packed on a GPU in bfloat16, else padded.
+        compile: torch.compile of the layers, on a GPU.
         early_stopping_patience: Validations without a better loss after which to stop; None: never.
         max_minutes: Stop after this time, save and export; None: never.
         export: Weights of the model folder: of the best validation, or the last.
@@ -172,6 +186,7 @@ class TrainingRecipe:
     ema_decay: float = 0.999
     residual_dropout: float = 0.0
     precision: Literal["bfloat16", "float32"] = "bfloat16"
+    rows: Literal["auto", "packed", "padded"] = "auto"
     compile: bool = True
     early_stopping_patience: int | None = None
     max_minutes: float | None = None
@@ -266,57 +281,108 @@ def learning_rate(step: int, n_steps: int, recipe: TrainingRecipe) -> float:
     return peak * (low + (1 - low) * (1 - math.sqrt(min(1.0, done))))
 
 
-def _causal_attention(
-    module: nn.Module,
+def _attention(
+    _module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # noqa: ARG001 (None by construction: each row holds one crystal)
+    attention_mask: torch.Tensor | None,  # noqa: ARG001 (None: what may be seen follows from the layout)
     scaling: float,
     dropout: float = 0.0,
+    borders: torch.Tensor | None = None,
+    longest: int = 0,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention without a mask, so that the flash kernel runs, compiled or not.
+    """Causal attention within each crystal, in both layouts of batches.py; heads before positions.
 
-    transformers' own "sdpa" builds a mask when it is traced, to look for packed rows (find_packed_sequence_indices).
+    It stands in for transformers' own "sdpa", which builds a mask when it is traced, to look for packed rows, and so
+    leaves the flash kernel.
     """
-    attended = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        dropout_p=dropout,
-        scale=scaling,
-        is_causal=True,
-        enable_gqa=query.shape[1] != key.shape[1],
+    is_grouped = query.shape[1] != key.shape[1]
+    if borders is None:
+        attended = functional.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=is_grouped
+        )
+        return attended.transpose(1, 2).contiguous(), None
+    if is_grouped:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    if query.device.type == "cuda":
+        query, key, value = (x[0].transpose(0, 1).to(torch.bfloat16) for x in (query, key, value))
+        return _flash_attention(query, key, value, borders, longest, scaling)[None], None
+    positions = torch.arange(query.shape[2], device=query.device)
+    crystal = torch.searchsorted(borders, positions, right=True)
+    seen = (crystal[:, None] == crystal) & (positions[:, None] >= positions)
+    attended = functional.scaled_dot_product_attention(
+        query, key, value, seen, dropout_p=dropout, scale=scaling
     )
     return attended.transpose(1, 2).contiguous(), None
 
 
-class _SummedLoss(nn.Module):
-    """A causal LM with its loss: (input ids, labels) -> sum of the negative log-likelihoods, in nats."""
+def _flash_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    borders: torch.Tensor,
+    longest: int,
+    scaling: float,
+) -> torch.Tensor:
+    """Attend within borders: (positions, heads, width) -> the same."""
+    from torch.nn.attention.varlen import varlen_attn
 
-    def __init__(self, model: nn.Module, device_type: str, *, bfloat16: bool) -> None:
+    default = query.shape[-1] ** -0.5
+    if scaling != default:
+        query = query * (scaling / default)
+    # torch 2.11 names causality is_causal or window_size, depending on its build
+    is_named = "is_causal" in inspect.signature(varlen_attn).parameters
+    causal: dict[str, Any] = {"is_causal": True} if is_named else {"window_size": (-1, 0)}
+    attended = varlen_attn(query, key, value, borders, borders, longest, longest, **causal)
+    return cast(torch.Tensor, attended)
+
+
+class _SummedLoss(nn.Module):
+    """A causal LM with its loss: a batch -> sum of the negative log-likelihoods, in nats."""
+
+    def __init__(self, model: nn.Module, device_type: str, longest: int, *, bfloat16: bool) -> None:
         super().__init__()
         self.model = model
         self.device_type = device_type
-        self.bfloat16 = bfloat16
+        self.longest = longest
+        self.is_bfloat16 = bfloat16
 
-    def forward(self, inputs_BT: torch.Tensor, labels_BT: torch.Tensor) -> torch.Tensor:
-        with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.bfloat16):
-            logits_BTV = self.model(input_ids=inputs_BT, use_cache=False).logits
+    def forward(
+        self,
+        inputs_BT: torch.Tensor,
+        labels_BT: torch.Tensor,
+        positions_1T: torch.Tensor,
+        borders: torch.Tensor | None,
+    ) -> torch.Tensor:
+        packed: dict[str, Any] = {} if borders is None else {"borders": borders, "longest": self.longest}
+        with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.is_bfloat16):
+            logits_BTV = self.model(
+                input_ids=inputs_BT, position_ids=positions_1T, use_cache=False, **packed
+            ).logits
         flat = logits_BTV.float().view(-1, logits_BTV.shape[-1])
-        return F.cross_entropy(flat, labels_BT.view(-1), ignore_index=IGNORED, reduction="sum")
+        return functional.cross_entropy(flat, labels_BT.view(-1), ignore_index=IGNORED, reduction="sum")
 
 
 def _add_residual_dropout(model: nn.Module, probability: float) -> None:
     """Drop out the embedding and what each layer adds to the residual stream, by hooks: the model stays a Llama."""
 
     def drop(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
-        return F.dropout(output, probability, training=module.training)
+        return functional.dropout(output, probability, training=module.training)
 
     for name, module in model.named_modules():
         if name.endswith(("embed_tokens", "o_proj", "down_proj")):
             module.register_forward_hook(drop)
+
+
+def _compile_layers(model: Any, *, is_static: bool) -> None:
+    """Compile the decoder layers in place; being alike, they share one graph, so this is quick at any depth."""
+    names = set(model._no_split_modules or ())
+    for module in model.modules():
+        if type(module).__name__ in names:
+            module.compile(dynamic=not is_static)
 
 
 @dataclass
@@ -348,7 +414,15 @@ class _Run:
         self.is_main = self.accelerator.is_main_process
         self.world = self.accelerator.num_processes
         self.checkpoints = out / "checkpoints"
-        self.max_length = min(recipe.data.max_length or 10**9, recipe.model.max_positions + 1)
+        self.layout = Layout(
+            recipe.batch_tokens,
+            recipe.micro_tokens,
+            # the last token is a target only, so that a text may have one token more than positions
+            min(recipe.data.max_length or 10**9, recipe.model.max_positions + 1),
+            recipe.data.loss_on_prompt,
+            packed=self._is_packed(),
+            n_processes=self.world,
+        )
         if self.is_main:
             if not resume:
                 for name in ("checkpoints", "metrics.jsonl", "recipe.yaml", "model"):
@@ -358,17 +432,17 @@ class _Run:
 
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        AttentionInterface.register("crystallm_kit_causal", _causal_attention)
+        AttentionInterface.register("crystallm_kit_training", _attention)
         self.model = new_model(recipe.model, self.info.vocabulary, seed=recipe.seed)
-        self.model.config._attn_implementation = "crystallm_kit_causal"
+        self.model.config._attn_implementation = "crystallm_kit_training"
         self.model.to(self.device).train()
         if recipe.residual_dropout:
             _add_residual_dropout(self.model, recipe.residual_dropout)
-        self.weights: list[nn.Parameter] = [p for p in self.model.parameters() if p.requires_grad]
+        self.weights: list[torch.Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         self.averages = [w.detach().clone() for w in self.weights] if recipe.ema_decay else []
-        loss = _SummedLoss(self.model, self.device.type, bfloat16=self._is_bfloat16())
+        loss = _SummedLoss(self.model, self.device.type, self.layout.max_length, bfloat16=self._is_bfloat16())
         if recipe.compile and self.device.type == "cuda":
-            loss.compile(dynamic=True)
+            _compile_layers(self.model, is_static=self.layout.packed)
         self.loss: nn.Module = self.accelerator.prepare_model(loss)
         self.optimizer = self._optimizer()
         self.progress = _Progress()
@@ -433,14 +507,14 @@ class _Run:
     def _step(self, step: Step) -> None:
         recipe, data = self.recipe, self._data
         rate = learning_rate(self.progress.step, self.n_steps, recipe)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = rate
         total = torch.zeros((), device=self.device)
-        for i, group in enumerate(step.groups):
-            inputs_BT, labels_BT = data.batch(self._own(group.rows), group.n_positions)
-            is_last = i == len(step.groups) - 1
+        groups = self.layout.own(step, self.accelerator.process_index)
+        for i, group in enumerate(groups):
+            is_last = i == len(groups) - 1
             with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.loss):
-                summed = self.loss(inputs_BT, labels_BT)
+                summed = self.loss(*data.batch(group))
                 # DDP takes the mean of the gradients over processes; what is wanted is their sum
                 self.accelerator.backward(summed * (self.world / step.n_targets))
             total += summed.detach()
@@ -467,18 +541,8 @@ class _Run:
             self.progress.epoch, self.progress.step_in_epoch = epoch + 1, 0
 
     def _plan(self, examples: Examples, epoch: int | None) -> Iterator[Step]:
-        return epoch_steps(
-            examples,
-            batch_tokens=self.recipe.batch_tokens,
-            micro_tokens=self.recipe.micro_tokens * self.world,
-            max_length=self.max_length,
-            loss_on_prompt=self.recipe.data.loss_on_prompt,
-            row_multiple=self.world,
-            order=None if epoch is None else np.random.default_rng([self.recipe.seed, epoch]),
-        )
-
-    def _own(self, rows: np.ndarray) -> np.ndarray:
-        return rows[self.accelerator.process_index :: self.world]
+        order = None if epoch is None else np.random.default_rng([self.recipe.seed, epoch])
+        return self.layout.epoch(examples, order)
 
     def _put(self, examples: Examples) -> DeviceExamples:
         return DeviceExamples(
@@ -509,8 +573,8 @@ class _Run:
         self.model.eval()
         with self._averaged():
             for step in steps:
-                for group in step.groups:
-                    total += self.loss(*data.batch(self._own(group.rows), group.n_positions)).double()
+                for group in self.layout.own(step, self.accelerator.process_index):
+                    total += self.loss(*data.batch(group)).double()
         self.model.train()
         summed = self.accelerator.reduce(total, "sum")
         loss = float(summed) / sum(step.n_targets for step in steps)
@@ -758,6 +822,12 @@ class _Run:
     def _is_bfloat16(self) -> bool:
         return self.recipe.precision == "bfloat16" and self.device.type == "cuda"
 
+    def _is_packed(self) -> bool:
+        can = self._is_bfloat16() and self.recipe.model.attention_dropout == 0
+        if self.recipe.rows == "packed" and self.device.type == "cuda" and not can:
+            raise RecipeError("rows: packed needs precision bfloat16 and model.attention_dropout 0 on a GPU.")
+        return can if self.recipe.rows == "auto" else self.recipe.rows == "packed"
+
     def _optimizer(self) -> torch.optim.AdamW:
         recipe = self.recipe.optimizer
         groups = [
@@ -787,9 +857,12 @@ class _Run:
     def _describe(self) -> str:
         n = sum(weight.numel() for weight in self.weights)
         plan = list(self._plan(self.source.examples(0), 0))
-        real, padded = sum(step.n_tokens for step in plan), sum(step.n_padded for step in plan)
+        real, padded = (
+            sum(step.n_tokens for step in plan),
+            sum(group.n_padded for step in plan for group in step.groups),
+        )
         lengths = np.diff(self.source.examples(0).offsets)
-        dropped = int((lengths > self.max_length).sum())
+        dropped = int((lengths > self.layout.max_length).sum())
         return (
             f"{n:,} weights, {self.n_steps:,} steps; epoch 0: {len(lengths):,} examples, {dropped} too long, "
             f"{real:,} tokens, {len(plan)} steps, padding {1 - real / padded:.1%}"
