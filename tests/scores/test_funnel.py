@@ -138,6 +138,7 @@ def test_marking_decides_as_stringently_as_plain_pairwise_matching():
     assert 1 < sum(expected) < len(expected)
 
 
+@pytest.mark.filterwarnings("ignore:Issues encountered while parsing CIF")
 @pytest.mark.real_data
 @pytest.mark.slow
 def test_crystal_text_llms_metastable_samples_have_2196_different_crystals():
