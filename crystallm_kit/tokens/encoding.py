@@ -1,0 +1,243 @@
+r"""One crystal -> the token sequences that its training examples are made of.
+
+    EncodedCrystal(id="mp-22862", text="Na1 Cl1 225\nNa a\nCl b\n5.64 end", texts=[[11, 112, ...], [...]],
+                   prompts=[[1006], [1007], ...], prompt_kinds=[ONLY_ELEMENTS, SOME_ELEMENTS, ...], ...)
+
+Texts: every equivalent description where the format knows them (`wyckoff`), the canonical one first; for
+other formats the crystal and augmented views of it. Prompts: the parts that a template's prompt can have, in
+its order, so that drawing.py draws conditions anew for each epoch; whole prompts where a template is no sum of
+parts.
+Deterministic: seed and id fix what is drawn, whatever the order of the crystals or the number of processes.
+
+Not here: drawing (drawing.py), files, splits and shards (corpus.py).
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from pymatgen.core.structure import Structure
+
+from crystallm_kit.errors import EncodeError
+from crystallm_kit.records import Conditions, Crystal
+from crystallm_kit.structures.elements import ELEMENTS
+from crystallm_kit.structures.symmetry import dataset
+from crystallm_kit.text.prompts import template_named, training_conditions
+from crystallm_kit.text.representation import representation
+from crystallm_kit.text.wyckoff import WyckoffRepresentation, text_to_symmetric
+from crystallm_kit.tokens.cutting import Cutter
+from crystallm_kit.tokens.drawing import (
+    CLOSING,
+    CONDITION,
+    ELEMENT,
+    ELEMENTS_END,
+    ONLY_ELEMENTS,
+    SOME_ELEMENTS,
+    WHOLE_PROMPT,
+    ConditionDropping,
+    StoredInfo,
+    VocabularyInfo,
+)
+
+
+@dataclass(frozen=True)
+class EncodingRecipe:
+    """How crystals become token sequences.
+
+    Attributes:
+        format: Name of the text format.
+        format_settings: Its settings.
+        template: Name of the prompt template.
+        n_texts: Most texts stored of one crystal.
+        n_whole_prompts: Prompts stored of one crystal, for templates that are no sum of parts.
+        max_tokens: A crystal whose longest prompt and text together have more is dropped.
+        dropping: How conditions are drawn.
+    """
+
+    format: str = "wyckoff"
+    format_settings: dict[str, Any] = field(default_factory=dict)
+    template: str = "kit-1"
+    n_texts: int = 16
+    n_whole_prompts: int = 16
+    max_tokens: int = 512
+    dropping: ConditionDropping = field(default_factory=ConditionDropping)
+
+    def __post_init__(self) -> None:
+        if min(self.n_texts, self.n_whole_prompts, self.max_tokens) < 1:
+            raise ValueError("n_texts, n_whole_prompts and max_tokens must be at least 1")
+
+
+@dataclass(frozen=True)
+class EncodedCrystal:
+    """What is stored of one crystal.
+
+    Attributes:
+        id: Of the crystal.
+        composition: Reduced, elements by alphabet, every count written ("Cl1 Na1"): what splits go by.
+        spacegroup_number: As found.
+        volume_per_formula_unit_angstrom3: Of the reduced formula.
+        text: The canonical text.
+        texts: Token ids of all texts, with the end token where the format has one; the canonical one first.
+        prompts: Token ids of prompt parts, or of whole prompts.
+        prompt_kinds: What each of them is (drawing.py).
+    """
+
+    id: str
+    composition: str
+    spacegroup_number: int
+    volume_per_formula_unit_angstrom3: float
+    text: str
+    texts: list[list[int]]
+    prompts: list[list[int]]
+    prompt_kinds: list[int]
+
+
+class CrystalEncoder:
+    """Encodes crystals by one recipe."""
+
+    def __init__(self, recipe: EncodingRecipe, *, seed: int) -> None:
+        """Raises UnknownName or UserError if the recipe names no format, setting or template."""
+        self.recipe = recipe
+        self.seed = seed
+        self.format = representation(recipe.format, **recipe.format_settings)
+        self.alphabet = self.format.alphabet()
+        self.cut = Cutter(self.alphabet)
+        self.template = template_named(recipe.template)
+        self._closing = "" if self.template.begins_the_text else self.template.render(Conditions())
+
+    @property
+    def info(self) -> StoredInfo:
+        """What a model trained on the corpus has to know."""
+        ids = {token: position for position, token in enumerate(self.alphabet.tokens)}
+        vocabulary = VocabularyInfo(
+            size=len(ids),
+            pad_token_id=None if self.alphabet.pad is None else ids[self.alphabet.pad],
+            eos_token_id=self.cut.end_id,
+            element_token_ids={symbol: ids[symbol] for symbol in ELEMENTS if symbol in ids},
+        )
+        settings = dict(self.recipe.format_settings)
+        return StoredInfo(vocabulary, self.recipe.format, settings, self.template.name, self.template.hash)
+
+    def __call__(self, crystal: Crystal) -> EncodedCrystal:
+        """Return the sequences of a crystal.
+
+        Raises:
+            EncodeError: If the format cannot carry it, or it has too many tokens.
+            ParseError: If a token is missing.
+        """
+        rng = np.random.default_rng([self.seed, *hashlib.sha256(crystal.id.encode()).digest()[:8]])
+        texts = self._texts(crystal, rng)
+        number, n_sites = self._symmetry(crystal, texts[0])
+        prompts, kinds = self._prompts(crystal, number, n_sites, rng)
+        tokens = [self._with_end(self.cut(text)) for text in texts]
+        whole = [len(p) for p, kind in zip(prompts, kinds, strict=True) if kind == WHOLE_PROMPT]
+        # a prompt has one of the two keywords for elements
+        n_prompt = max(whole) if whole else sum(map(len, prompts)) - (ONLY_ELEMENTS in kinds)
+        longest = n_prompt + max(map(len, tokens))
+        if longest > self.recipe.max_tokens:
+            raise EncodeError(f"{longest} tokens with its longest prompt; at most {self.recipe.max_tokens}")
+        counts = {str(e): round(n) for e, n in crystal.structure.composition.get_el_amt_dict().items()}
+        divisor = int(np.gcd.reduce(list(counts.values())))
+        volume = crystal.structure.volume if isinstance(crystal.structure, Structure) else 0.0
+        return EncodedCrystal(
+            id=crystal.id,
+            composition=" ".join(f"{e}{counts[e] // divisor}" for e in sorted(counts)),
+            spacegroup_number=number,
+            volume_per_formula_unit_angstrom3=volume / divisor,
+            text=texts[0],
+            texts=tokens,
+            prompts=prompts,
+            prompt_kinds=kinds,
+        )
+
+    def _texts(self, crystal: Crystal, rng: np.random.Generator) -> list[str]:
+        if not isinstance(self.format, WyckoffRepresentation):
+            return [self.format.encode(crystal)]
+        found = self.format.encode_descriptions(crystal)
+        if len(found) <= self.recipe.n_texts:
+            return found
+        others = 1 + rng.permutation(len(found) - 1)[: self.recipe.n_texts - 1]
+        return [found[0], *(found[i] for i in sorted(others))]
+
+    def _with_end(self, ids: list[int]) -> list[int]:
+        end = self.cut.end_id
+        return ids if end is None or ids[-1] == end else [*ids, end]
+
+    def _symmetry(self, crystal: Crystal, text: str) -> tuple[int, int]:
+        """Return the space group number and the atoms of the primitive cell; zeros for a molecule."""
+        if isinstance(self.format, WyckoffRepresentation):
+            symmetric = text_to_symmetric(text)
+            return symmetric.spacegroup_number, sum(symmetric.counts.values())
+        if not isinstance(crystal.structure, Structure):
+            return 0, 0
+        found = dataset(crystal.structure)
+        return int(found.number), len(found.prim_std_cell.positions)
+
+    def _prompts(
+        self, crystal: Crystal, number: int, n_sites: int, rng: np.random.Generator
+    ) -> tuple[list[list[int]], list[int]]:
+        """Return prompt sequences and their kinds."""
+        if self.template.begins_the_text:
+            return [[]], [WHOLE_PROMPT]
+        known: dict[str, Any] = {"template": self.template.name}
+        if number:
+            known |= {"spacegroup_number": number, "n_primitive_sites": n_sites}
+        everything = training_conditions(
+            crystal, rng, none_probability=0.0, keep_probability=1.0, only_elements_probability=1.0, **known
+        )
+        parts = self._parts(everything)
+        if parts is None:
+            dropping = vars(self.recipe.dropping)
+            prompts = [
+                self.cut(self.template.render(training_conditions(crystal, rng, **dropping, **known), rng))
+                for _ in range(self.recipe.n_whole_prompts)
+            ]
+            return prompts, [WHOLE_PROMPT] * len(prompts)
+        return parts
+
+    def _parts(self, everything: Conditions) -> tuple[list[list[int]], list[int]] | None:
+        """Return the parts of the prompt that states everything, or None if it is no sum of parts."""
+        rest = self.template.render(everything)
+        singles = {name: self._part(single) for name, single in _one_by_one(everything).items()}
+        sequences: list[list[int]] = []
+        kinds: list[int] = []
+        while rest != self._closing:
+            name = next((name for name, text in singles.items() if text and rest.startswith(text)), None)
+            if name is None:
+                return None
+            text = singles.pop(name)
+            rest = rest.removeprefix(text)
+            if name == "elements":
+                some = self._part(Conditions(elements=everything.elements))
+                sequences += [[i] for i in (self.cut(text)[0], *self.cut(some))]
+                kinds += [ONLY_ELEMENTS, SOME_ELEMENTS, *[ELEMENT] * len(everything.elements), ELEMENTS_END]
+            else:
+                sequences.append(self.cut(text))
+                kinds.append(CONDITION)
+        if len(kinds) != len(sequences):  # an element of more than one token
+            return None
+        return [*sequences, self.cut(self._closing)], [*kinds, CLOSING]
+
+    def _part(self, single: Conditions) -> str:
+        return self.template.render(single).removesuffix(self._closing)
+
+
+def _one_by_one(conditions: Conditions) -> Mapping[str, Conditions]:
+    """Return each condition alone, by its name; a formula is left out: no sum of parts states it."""
+    found: dict[str, Conditions] = {}
+    if conditions.elements:
+        found["elements"] = Conditions(elements=conditions.elements, only_elements=True)
+    for name in ("n_elements", "anonymous_formula", "spacegroup_number", "crystal_system", "n_sites"):
+        if (value := getattr(conditions, name)) is not None:
+            found[name] = replace(Conditions(), **{name: value})
+    for name, value in conditions.properties.items():
+        found[name] = Conditions(properties={name: value})
+    return found
+
+
+def recipe_hash(*settings: Any) -> str:
+    """Return the sha256 of plain settings, for manifests."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
