@@ -134,9 +134,9 @@ def extend_tokenizer(
     (digits, most element symbols), and the format's end where the base has an end of its own.
 
     A token of letters and digits is recognised only where it stands as a word of its own: adding "Na" leaves
-    "Nation" as it was, and the "Na" of "Na4" is cut by the base's own rule. A token with a blank, a point or a
-    newline ("12 ", ".25" of `wyckoff`) is recognised wherever it stands, in a number of the prompt too. Decoding
-    gives the text back in every case.
+    "Nation" as it was, and the "Na" of "Na4" is cut by the base's own rule. A token with a blank, a point or
+    a newline ("12 ", ".25" of `wyckoff`) is recognised wherever it stands, in a prompt's numbers too.
+    Decoding gives the text back in every case.
 
     Args:
         base_tokenizer: Any fast tokenizer; left unchanged.
