@@ -123,8 +123,8 @@ def mark_duplicates(samples: Iterable[Sample]) -> list[Sample]:
     degrees, primitive cells, scaled) and their reduced formulas are equal; a supercell is a copy. Two
     molecules are the same if all distances between elements agree within 0.1 angstrom (mirror images are not
     told apart). The first seen is kept; the verdict of a copy names it. StructureMatcher is neither symmetric
-    (it is called with the later one first) nor transitive, so another order of the samples can change the count
-    a little: 2,196 of Crystal-text-LLM's 3,221 published samples are kept, in reversed order 2,198.
+    (it is called with the later one first) nor transitive, so another order of the samples can change the
+    count a little: 2,196 of Crystal-text-LLM's 3,221 published samples are kept, in reversed order 2,198.
 
     Cost: one primitive-cell reduction a sample, then one comparison for each earlier different crystal of the
     same formula and number of sites (others cannot match).
