@@ -49,8 +49,10 @@ def members_of_zip(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
 
 def members_of_tar(path: Path) -> Iterator[tuple[str, IO[bytes]]]:
     """Yield name and stream of each regular file in a tar archive, compressed or not."""
-    with tarfile.open(path, mode="r|*") as archive:
-        for member in archive:
+    with tarfile.open(path) as archive:
+        while member := archive.next():
+            # It keeps every header that it has read, which for millions of files is gigabytes.
+            archive.members.clear()  # type: ignore[attr-defined]
             stream = archive.extractfile(member) if member.isfile() else None
             if stream is not None and not is_hidden(member.name):
                 yield member.name, stream

@@ -262,6 +262,18 @@ def element_symbol(symbol: str) -> str:
 
 
 @cache
+def symbol_of_number(number: int) -> str:
+    """Return the symbol of an atomic number.
+
+    Raises:
+        ReadError: If no element has it.
+    """
+    if not 1 <= number <= 118:
+        raise ReadError(f"atomic number {number}: 1 to 118 expected")
+    return str(Element.from_Z(number).symbol)
+
+
+@cache
 def _pure(symbol: str) -> Composition:
     return Composition({element_symbol(symbol): 1.0})
 

@@ -26,6 +26,7 @@ from crystallm_kit.structures.cif_reading import (
     element_symbol,
     lattice_from_parameters,
     structure_from_plain_cif,
+    symbol_of_number,
 )
 from crystallm_kit.structures.properties import named_properties, plain_value, take_id
 
@@ -164,13 +165,8 @@ def _pymatgen(content: Mapping[str, Any]) -> Structure | Molecule:
 
 
 def _cell(content: tuple[Any, Any, Any]) -> Structure:
-    from pymatgen.core.periodic_table import Element
-
     parameters, numbers, fractional = content
-    wrong = [int(n) for n in numbers if not 1 <= n <= 118]
-    if wrong:
-        raise ReadError(f"atomic number {wrong[0]}: 1 to 118 expected")
-    symbols = [Element.from_Z(int(n)).symbol for n in numbers]
+    symbols = [symbol_of_number(n) for n in np.asarray(numbers, dtype=np.int64).tolist()]
     lattice = lattice_from_parameters([float(x) for x in parameters])
     return build_structure(lattice, symbols, np.asarray(fractional, dtype=np.float64))
 

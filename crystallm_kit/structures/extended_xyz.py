@@ -27,12 +27,11 @@ from typing import TextIO
 import numpy as np
 from numpy.typing import NDArray
 from pymatgen.core.lattice import Lattice
-from pymatgen.core.periodic_table import Element
 from pymatgen.core.structure import Molecule, Structure
 
 from crystallm_kit.errors import ReadError
 from crystallm_kit.records import PropertyValue
-from crystallm_kit.structures.cif_reading import build_structure, element_symbol
+from crystallm_kit.structures.cif_reading import build_structure, element_symbol, symbol_of_number
 from crystallm_kit.structures.properties import value_of_text
 
 _PAIR = re.compile(r"""([A-Za-z_][\w.\-/]*)\s*=\s*(?:"([^"]*)"|'([^']*)'|\{([^}]*)\}|\[([^\]]*)\]|(\S+))""")
@@ -184,9 +183,7 @@ def _columns(properties: str) -> tuple[int, int, int]:
 
 def _symbol(word: str) -> str:
     if word.isdigit():
-        if not 1 <= int(word) <= 118:
-            raise ReadError(f"atomic number {word}: 1 to 118 expected")
-        return element_symbol(Element.from_Z(int(word)).symbol)
+        return symbol_of_number(int(word))
     return element_symbol(word)
 
 

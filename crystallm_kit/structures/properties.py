@@ -20,7 +20,8 @@ from crystallm_kit.records import PROPERTIES, PropertyValue
 ID_COLUMNS = ("material_id", "id", "mp_id", "name")
 
 _ALIASES = {alias: p.name for p in PROPERTIES.values() for alias in (*p.aliases, p.name)}
-_INTEGER = re.compile(r"[+-]?(?:0|[1-9]\d{0,17})")  # "007" is a name
+_INTEGER = re.compile(r"[+-]?(?:0|[1-9]\d{0,17})")
+_PADDED = re.compile(r"[+-]?0\d.*")  # "007" is a name
 _MISSING = frozenset({"", "nan", "none", "null", "n/a"})  # not "na": that is sodium
 
 
@@ -68,7 +69,7 @@ def value_of_text(text: str) -> PropertyValue | None:
         return word in ("True", "true")
     if _INTEGER.fullmatch(word):
         return int(word)
-    if word[-1].isdigit() or word[-1] == ".":
+    if (word[-1].isdigit() or word[-1] == ".") and not _PADDED.fullmatch(word):
         try:
             return plain_value(float(word)) if "_" not in word else text
         except ValueError:

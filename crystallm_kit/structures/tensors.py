@@ -104,10 +104,9 @@ def _load(path: Path) -> Any:
         TypeError,
         AttributeError,
     ) as error:
-        reason = " ".join(str(error).split())[:200]
         raise ReadError(
             "cannot be read without executing what it pickles, or is damaged. "
-            f"Save its tensors alone: torch.save({{k: d[k] for k in {KEYS}}}, path). {reason}"
+            f"Save its tensors alone: torch.save({{k: d[k] for k in {KEYS}}}, path)"
         ) from error
 
 
