@@ -1,14 +1,14 @@
 """Recipes: YAML files that become the frozen dataclass asked for, or say what is wrong with them.
 
-A recipe says everything that a run depends on. Keys are the fields of a dataclass; nested dataclasses are nested
-mappings; a field without a default must be given. An unknown key is refused with the nearest known one, so that a
-misspelt setting is never silently its default:
+A recipe says everything that a run depends on. Keys are the fields of a dataclass; nested dataclasses are
+nested mappings; a field without a default must be given. An unknown key is refused with the nearest known
+one, so that a misspelt setting is never silently its default:
 
     finetune/x.yaml: unknown key 'lr_rate' under 'optimizer'; did you mean 'lr'? Known: betas, eps, lr, ...
 
-Field types understood: bool, int, float, str, Path, Any, X | None, Literal, tuple[X, ...], tuple[X, Y], list[X],
-dict[str, X] and Mapping[str, X], and dataclasses. `1e-3` is a float and `1e5` an int where such a field is wanted
-(YAML 1.1, which PyYAML reads, takes both for text).
+Field types understood: bool, int, float, str, Path, Any, X | None, Literal, tuple[X, ...], tuple[X, Y],
+list[X], dict[str, X] and Mapping[str, X], and dataclasses. `1e-3` is a float and `1e5` an int where such a
+field is wanted (YAML 1.1, which PyYAML reads, takes both for text).
 
 Not here: the dataclasses themselves, each beside the code that it steers (models/training.py).
 """
@@ -55,7 +55,7 @@ def load_recipe(path: str | Path, cls: type[T], overrides: tuple[str, ...] = ())
     """
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -105,7 +105,7 @@ def _apply(override: str, data: dict[str, Any], where: str) -> None:
     if not equals or not all(names):
         raise RecipeError(f"{where}: --set '{override}': expected key=value or key.sub=value.")
     try:
-        value = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{where}: --set '{override}': the value is not YAML: {error}") from error
     for name in names[:-1]:
@@ -171,7 +171,9 @@ def _convert_union(value: Any, choices: tuple[Any, ...], where: str, key: str) -
     if value is None and type(None) in choices:
         return None
     choices = tuple(choice for choice in choices if choice is not type(None))
-    for choice in choices:  # a value that is already of one of the types stays what it is: int | str keeps "7"
+    for (
+        choice
+    ) in choices:  # a value that is already of one of the types stays what it is: int | str keeps "7"
         if type(value) is choice:
             return value
     for choice in choices[:-1]:
@@ -189,7 +191,8 @@ def _convert_sequence(value: Any, origin: Any, arguments: tuple[Any, ...], where
     if len(hints) != len(value):
         raise _wrong_type(where, key, f"a list of {len(hints)} values", value)
     return origin(
-        _convert(item, hint, where, f"{key}[{i}]") for i, (item, hint) in enumerate(zip(value, hints, strict=True))
+        _convert(item, hint, where, f"{key}[{i}]")
+        for i, (item, hint) in enumerate(zip(value, hints, strict=True))
     )
 
 

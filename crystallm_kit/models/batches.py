@@ -1,15 +1,19 @@
 """Batches: tokenised examples as the steps of a training run, in one of two layouts, both exact.
 
-An example is one crystal: prompt, text and end token. No crystal attends to another, and positions start at 0 with
-each. The layouts:
+An example is one crystal: prompt, text and end token. No crystal attends to another, and positions start at 0
+with each. The layouts:
 
-    packed   one row of crystals end to end, their borders given to the flash kernel (GPU): nothing is padded, every
+    packed   one row of crystals end to end, their borders given to the flash kernel (GPU): nothing is padded,
+    every
              pass has the same shape, and a step needs few of them
-    padded   rows of one crystal each, sorted by length and cut into groups where padding costs least: any device
+    padded   rows of one crystal each, sorted by length and cut into groups where padding costs least: any
+    device
 
-    lengths of a step  31 33 35 36 | 44 46 47 | 71   ->  padded groups of (rows, positions) (4, 36), (3, 48), (1, 72)
+    lengths of a step  31 33 35 36 | 44 46 47 | 71   ->  padded groups of (rows, positions) (4, 36), (3, 48),
+    (1, 72)
 
-A step is a random sample of the epoch either way. (seed, epoch) fixes every batch, so a run resumes at any step.
+A step is a random sample of the epoch either way. (seed, epoch) fixes every batch, so a run resumes at any
+step.
 
 Legend: B rows, T positions, N examples, S sequences of a pack.
 Not here: where examples come from (tokens/corpus.py prepares them), the loop (training.py).
@@ -22,62 +26,29 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 
 from crystallm_kit.errors import EmptyInput, ReadError, RecipeError
-from crystallm_kit.models.checkpoints import Vocabulary
 from crystallm_kit.recipes import from_dict, recipe_to_dict
+from crystallm_kit.tokens.drawing import Examples, StoredCorpus, StoredInfo
 
 IGNORED = -100  # label of positions without loss, as torch's cross_entropy has it
 LENGTH_MULTIPLE = 4
 
 
-class Examples(NamedTuple):
-    """Tokenised examples, ragged.
-
-    Attributes:
-        tokens: All examples joined: (sum of lengths,) of an integer type.
-        offsets: Example i is tokens[offsets[i]:offsets[i + 1]]: (N + 1,) int64.
-        prompt_lengths: Leading tokens of each example that are its prompt: (N,) int.
-    """
-
-    tokens: np.ndarray
-    offsets: np.ndarray
-    prompt_lengths: np.ndarray
-
-
-@dataclass(frozen=True)
-class CorpusInfo:
-    """What a model trained on a corpus has to know of it.
-
-    Attributes:
-        vocabulary: Size and special ids.
-        format: Name of the text format.
-        format_settings: Its settings.
-        template: Name of the prompt template.
-        template_sha256: Its hash.
-    """
-
-    vocabulary: Vocabulary
-    format: str
-    format_settings: dict[str, Any]
-    template: str
-    template_sha256: str
-
-
 class TokenSource(Protocol):
-    """Where a training run gets its examples."""
+    """Where a training run gets its examples.
 
-    @property
-    def info(self) -> CorpusInfo:
-        """Return vocabulary, format and template."""
+    Attributes:
+        info: Vocabulary, format and template.
+        sha256: Hash of the data.
+    """
 
-    @property
-    def sha256(self) -> str:
-        """Return a hash of the data."""
+    info: StoredInfo
+    sha256: str
 
     def examples(self, epoch: int) -> Examples:
         """Return the training examples of an epoch (0, 1, ...), augmented for it; the same at every call."""
@@ -87,9 +58,9 @@ class TokenSource(Protocol):
 
 
 class ArraySource:
-    """Examples from one .npz file: whole epochs, tokenised beforehand; epoch e reads epoch e modulo their number.
+    """Examples from one .npz file of whole epochs; epoch e reads epoch e modulo their number.
 
-    Entries: `info` (JSON of CorpusInfo), `tokens_0, offsets_0, prompt_lengths_0`, `tokens_1, ...` and
+    Entries: `info` (JSON of StoredInfo), `tokens_0, offsets_0, prompt_lengths_0`, `tokens_1, ...` and
     `validation_tokens, validation_offsets, validation_prompt_lengths`.
     """
 
@@ -100,7 +71,7 @@ class ArraySource:
             content = self.path.read_bytes()
             self._arrays = np.load(io.BytesIO(content))
             info = json.loads(str(self._arrays["info"]))
-            self.info = from_dict(info, CorpusInfo, where=f"{self.path}: info")
+            self.info = from_dict(info, StoredInfo, where=f"{self.path}: info")
         except (OSError, ValueError, KeyError, RecipeError) as error:
             raise ReadError(f"{self.path}: not a corpus of token arrays: {error}") from error
         self.sha256 = hashlib.sha256(content).hexdigest()
@@ -124,8 +95,23 @@ class ArraySource:
             raise ReadError(f"{self.path}: entry {error} is missing.") from error
 
 
+def open_source(path: str | Path) -> TokenSource:
+    """Return a corpus: a prepared folder, its corpus.npz, or an .npz file of drawn epochs (ArraySource).
+
+    Raises:
+        ReadError: If it is neither.
+    """
+    path = Path(path) / "corpus.npz" if Path(path).is_dir() else Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            is_stored = "stored" in arrays.files
+    except (OSError, ValueError) as error:
+        raise ReadError(f"{path}: not a corpus: {error}; expected the .npz file of a corpus.") from error
+    return StoredCorpus(path) if is_stored else ArraySource(path)
+
+
 def write_arrays(
-    path: str | Path, epochs: Sequence[Examples], validation: Examples, info: CorpusInfo
+    path: str | Path, epochs: Sequence[Examples], validation: Examples, info: StoredInfo
 ) -> None:
     """Write examples as the .npz file that ArraySource reads; tokens are stored as uint16 where they fit."""
     arrays: dict[str, np.ndarray] = {"info": np.array(json.dumps(recipe_to_dict(info)))}
@@ -145,7 +131,8 @@ class Group:
     Attributes:
         rows: Indices of examples; -1 is padding: (B,) int64, or (S,) when packed.
         n_positions: T of each row, or of the one packed row.
-        lengths: Packed: positions of each sequence, those of the padding at the end included: (S,) int64, with the
+        lengths: Packed: positions of each sequence, those of the padding at the end included: (S,) int64,
+            with the
             sum n_positions. None: padded.
     """
 
@@ -181,7 +168,8 @@ class Layout:
     Attributes:
         batch_tokens: Tokens of a step, over all GPUs.
         micro_tokens: Positions of one forward pass on one GPU at most: what fits into memory.
-        max_length: Longer examples, in tokens, are left out (a crystal without its end teaches the wrong thing).
+        max_length: Longer examples, in tokens, are left out (a crystal without its end teaches the wrong
+            thing).
         loss_on_prompt: Whether the tokens of prompts count as targets.
         packed: The layout.
         n_processes: GPUs that share a step.
@@ -207,7 +195,7 @@ class Layout:
         return -(-max(wanted, self.max_length) // 128) * 128
 
     def own(self, step: Step, process: int) -> list[Group]:
-        """Return the part of a step that one process computes; each process gets as many groups of as many rows."""
+        """Return the part of a step that one process computes; all get as many groups of as many rows."""
         if self.packed:
             return list(step.groups[process :: self.n_processes])
         return [Group(g.rows[process :: self.n_processes], g.n_positions) for g in step.groups]
@@ -277,7 +265,7 @@ class Layout:
         return max(self.pack_positions // 16, 1)
 
     def _pack(self, rows: np.ndarray, n_inputs: np.ndarray) -> Group:
-        """Return a pack of fixed shape; what is left of it is cut into sequences of padding, then empty ones."""
+        """Return a pack of fixed shape; the rest of it is cut into sequences of padding, then empty ones."""
         left = self.pack_positions - int(n_inputs.sum())
         n_padding = self._most_sequences + -(-self.pack_positions // self.max_length) - len(rows)
         padding = np.clip(left - self.max_length * np.arange(n_padding), 0, self.max_length)
@@ -333,7 +321,8 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: (B, T) int64.
-        labels: (B, T) int64, shifted already: labels[b, t] follows inputs[b, t]; IGNORED where there is no loss.
+        labels: (B, T) int64, shifted already: labels[b, t] follows inputs[b, t]; IGNORED where there is no
+            loss.
         positions: (1, T) int64: of each token in its crystal.
         borders: Packed: where crystals begin and end, (S + 1,) int32. None: padded.
     """

@@ -1,12 +1,13 @@
 """Model folders: new models from a recipe, and folders that hold a trained one.
 
-A model folder is what `transformers.AutoModelForCausalLM.from_pretrained` (and vLLM) loads, with one file more:
+A model folder is what `transformers.AutoModelForCausalLM.from_pretrained` (and vLLM) loads, with one file
+more:
 
     config.json  model.safetensors  tokenizer.json ...  manifest.json
 
-manifest.json says where the model came from and how it must be spoken to: the prompt template's name and hash and
-the text format with its settings. A folder without them is refused: a model asked in another template than it was
-trained with answers, but wrongly.
+manifest.json says where the model came from and how it must be spoken to: the prompt template's name and hash
+and the text format with its settings. A folder without them is refused: a model asked in another template
+than it was trained with answers, but wrongly.
 
 Not here: training state, from which a run resumes (training.py); other systems' checkpoints (importing.py).
 """
@@ -17,7 +18,6 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,6 +27,7 @@ import torch
 from crystallm_kit.errors import ModelError, RecipeError
 from crystallm_kit.models.element_embedding import ELEMENTS, element_rows
 from crystallm_kit.recipes import from_dict, recipe_to_dict
+from crystallm_kit.tokens.drawing import VocabularyInfo
 
 MANIFEST = "manifest.json"
 _LIBRARIES = ("crystallm-kit", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
@@ -44,8 +45,10 @@ class ModelRecipe:
         intermediate_size: Width of the feed-forward part; None: 8/3 of hidden_size, up to a multiple of 64.
         max_positions: Longest text in tokens.
         tie_embeddings: One matrix for input and output embedding.
-        rope_theta: Base of the rotary embedding. Smaller than Llama's 500,000 suits texts of a few hundred tokens.
-        initializer_range: Standard deviation of first weights; 1 / sqrt(2 n_layers) of it where a layer writes to
+        rope_theta: Base of the rotary embedding. Smaller than Llama's 500,000 suits texts of a few hundred
+            tokens.
+        initializer_range: Standard deviation of first weights; 1 / sqrt(2 n_layers) of it where a layer
+            writes to
             the residual stream (GPT-2's rule).
         attention_dropout: Probability, in training.
         norm_eps: Of the RMS norms.
@@ -76,26 +79,7 @@ class ModelRecipe:
             raise ValueError(f"n_key_value_heads {self.n_key_value_heads} must divide n_heads {self.n_heads}")
 
 
-@dataclass(frozen=True)
-class Vocabulary:
-    """What a model must know of its tokenizer.
-
-    Attributes:
-        size: Rows of the embedding, padding of the vocabulary included.
-        pad_token_id: Fills rows of a batch; never predicted.
-        eos_token_id: Ends a crystal.
-        bos_token_id: Begins a text, where the format has such a token.
-        element_token_ids: Element symbol -> id, for `element_embedding: periodic`.
-    """
-
-    size: int
-    pad_token_id: int
-    eos_token_id: int
-    bos_token_id: int | None = None
-    element_token_ids: Mapping[str, int] = field(default_factory=dict)
-
-
-def new_model(recipe: ModelRecipe, vocabulary: Vocabulary, *, seed: int) -> Any:
+def new_model(recipe: ModelRecipe, vocabulary: VocabularyInfo, *, seed: int) -> Any:
     """Return a `LlamaForCausalLM` with first weights in float32.
 
     Args:
@@ -139,7 +123,7 @@ def new_model(recipe: ModelRecipe, vocabulary: Vocabulary, *, seed: int) -> Any:
     return model
 
 
-def _set_element_rows(model: Any, vocabulary: Vocabulary, recipe: ModelRecipe, seed: int) -> None:
+def _set_element_rows(model: Any, vocabulary: VocabularyInfo, recipe: ModelRecipe, seed: int) -> None:
     ids = {symbol: i for symbol, i in vocabulary.element_token_ids.items() if symbol in ELEMENTS}
     if not ids:
         raise RecipeError(
@@ -258,7 +242,7 @@ def save_model(
 
 
 def replace_folder(writing: Path, folder: Path) -> None:
-    """Move a finished folder to its name, so that a reader finds the old one or the new one, never half of one."""
+    """Move a finished folder to its name: a reader finds the old one or the new one, never half of one."""
     for file in writing.rglob("*"):
         if file.is_file():
             with file.open("rb") as handle:
@@ -316,7 +300,8 @@ def load_model_folder(
         device: Where to.
 
     Raises:
-        ModelError: If the folder, its config, manifest, tokenizer or weights are missing, or a weights file is
+        ModelError: If the folder, its config, manifest, tokenizer or weights are missing, or a weights file
+            is
             empty, cut short or a git-LFS pointer. Checked before any weight is read.
     """
     folder = Path(path)
@@ -340,8 +325,8 @@ def load_model_folder(
         raise ModelError(f"{folder}: cannot be loaded: {error}") from error
     if len(tokenizer) > model.config.vocab_size:
         raise ModelError(
-            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model rows for {model.config.vocab_size}: "
-            "they do not belong together."
+            f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model rows for "
+            f"{model.config.vocab_size}: they do not belong together."
         )
     return model.to(device).eval(), tokenizer, manifest
 
@@ -366,7 +351,7 @@ def check_weights(folder: str | Path) -> None:
 
 
 def _check_safetensors(path: Path) -> None:
-    """Compare what a safetensors header promises with the file's size. Layout: u64 length, JSON header, data."""
+    """Compare a safetensors header with the file's size. The file: u64 length, JSON header, data."""
     if not path.is_file():
         raise ModelError(f"{path.parent}: no {path.name}: the model's weights are missing.")
     size = path.stat().st_size

@@ -1,15 +1,16 @@
 """First rows of the embedding for element tokens, so that alike elements start alike.
 
-A small model sees few crystals of each element; with rows that start near those of chemical neighbours, what it
-learns of Na helps K from the first step. Each row is a fixed random projection of period, group, electronegativity
-and radius, with the mean and spread of an ordinary initialisation, so that nothing else has to be tuned for it.
+A small model sees few crystals of each element; with rows that start near those of chemical neighbours, what
+it learns of Na helps K from the first step. Each row is a fixed random projection of period, group,
+electronegativity and radius, with the mean and spread of an ordinary initialisation, so that nothing else has
+to be tuned for it.
 
     Na is nearer to K than to Cl, and F nearer to Cl than to Na.
 
 Not here: the rest of the initialisation (checkpoints.py).
 
-Sources: electronegativity after Pauling as in pymatgen's periodic table (- where there is none); covalent radii in
-angstrom of Cordero et al. 2008 (doi:10.1039/b801115j), for Bk-Lr, which it lacks, 2.00.
+Sources: electronegativity after Pauling as in pymatgen's periodic table (- where there is none); covalent
+radii in angstrom of Cordero et al. 2008 (doi:10.1039/b801115j), for Bk-Lr, which it lacks, 2.00.
 """
 
 from collections.abc import Sequence
@@ -61,9 +62,10 @@ def period_and_group(number: int) -> tuple[int, int]:
 
 
 def element_features(symbols: Sequence[str]) -> np.ndarray:
-    """Return what the rows are made of: one row per element, each column of mean 0 and spread 1 over the table.
+    """Return what the rows are made of; each column has mean 0 and spread 1 over the table.
 
-    Columns: period, sine and cosine of the group over 18, group over 18, f block or not, electronegativity (the
+    Columns: period, sine and cosine of the group over 18, group over 18, f block or not, electronegativity
+    (the
     table's mean where there is none), covalent radius.
 
     Returns:

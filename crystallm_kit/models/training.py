@@ -1,13 +1,15 @@
 """Training: one resumable loop over accelerate, from token arrays to a model folder.
 
-    python -m crystallm_kit.models.training finetune/llama-scratch-wyckoff-mp.yaml --npz corpus.npz --out runs/a
+    python -m crystallm_kit.models.training finetune/llama-scratch-wyckoff-mp.yaml --npz corpus.npz --out
+    runs/a
 
 On the screen, one line per `log_every` steps:
     step 1,200/10,000  loss 0.7312  validation 0.7420  lr 9.8e-04  2,310,000 tokens/s  MFU 14 %  8:20 left
 
-In `--out`: recipe.yaml (as run), metrics.jsonl (every step's loss), checkpoints/ (the last two and the best), model/
-(the model folder, written at the end). Killed at any moment, the same command goes on from the last checkpoint with
-the losses that the uninterrupted run would have had; on one CPU they are equal to the last digit.
+In `--out`: recipe.yaml (as run), metrics.jsonl (every step's loss), checkpoints/ (the last two and the best),
+model/ (the model folder, written at the end). Killed at any moment, the same command goes on from the last
+checkpoint with the losses that the uninterrupted run would have had; on one CPU they are equal to the last
+digit.
 
 It holds at every checkpoint that all losses before it were finite. SIGTERM saves and returns (exit code 0).
 Weights are float32 and the forward pass bfloat16 (autocast) on a GPU; on a CPU everything is float32.
@@ -20,7 +22,6 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import inspect
 import json
 import math
 import os
@@ -29,55 +30,34 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import yaml
 from torch import nn
-from torch.nn import functional
 
 from crystallm_kit.errors import RecipeError, TrainingError, UserError
-from crystallm_kit.models.batches import (
-    IGNORED,
-    ArraySource,
-    CorpusInfo,
-    DeviceExamples,
-    Examples,
-    Layout,
-    Step,
-    TokenSource,
-    write_arrays,
-)
+from crystallm_kit.models.batches import DeviceExamples, Layout, Step, TokenSource, open_source
 from crystallm_kit.models.checkpoints import (
     Manifest,
-    ModelRecipe,
-    Vocabulary,
     git_commit,
     library_versions,
     new_model,
     replace_folder,
     save_model,
 )
+from crystallm_kit.models.progress import Screen
+from crystallm_kit.models.training_loss import SummedLoss, add_residual_dropout, attention, compile_layers
+from crystallm_kit.models.training_recipe import TrainingRecipe, learning_rate
 from crystallm_kit.recipes import load_recipe, recipe_to_dict
-
-__all__ = [
-    "ArraySource",
-    "CorpusInfo",
-    "Examples",
-    "TokenSource",
-    "TrainingRecipe",
-    "TrainingResult",
-    "Vocabulary",
-    "train",
-    "write_arrays",
-]
+from crystallm_kit.tokens.drawing import Examples
 
 # Dense bf16 peak in FLOP/s by the vendors' datasheets, for model FLOP utilisation.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-# Keys that may differ between a run and its resumption: they change where it ends and what it prints, not its steps.
+# Keys that may differ between a run and its resumption: they change where it ends, not what a step does.
 _FREE_KEYS = frozenset(
     [
         "epochs",
@@ -94,119 +74,6 @@ _FREE_KEYS = frozenset(
         "micro_tokens",
     ]
 )
-
-
-@dataclass(frozen=True)
-class DataRecipe:
-    """What is learned from.
-
-    Attributes:
-        corpus: An .npz file of token arrays (batches.ArraySource).
-        tokenizer: Folder whose tokenizer goes into the model folder; None: none.
-        loss_on_prompt: Whether the tokens of the prompt are targets too.
-        max_length: Longer examples, in tokens, are left out; None: model.max_positions.
-    """
-
-    corpus: Path | None = None
-    tokenizer: Path | None = None
-    loss_on_prompt: bool = False
-    max_length: int | None = None
-
-
-@dataclass(frozen=True)
-class OptimizerRecipe:
-    """AdamW.
-
-    Attributes:
-        lr: Peak learning rate.
-        betas: Decay of the two moments, per step.
-        eps: Added to the root of the second moment.
-        weight_decay: On matrices only (not on norms and biases), times the learning rate, per step.
-        gradient_clip: Largest norm of the gradient of all weights.
-    """
-
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    gradient_clip: float = 1.0
-
-
-@dataclass(frozen=True)
-class ScheduleRecipe:
-    """The learning rate over the run.
-
-    Attributes:
-        kind: cosine (to the end), wsd (warm up, stay, decay as 1 - sqrt), constant.
-        warmup_steps: Linear from 0.
-        final_lr_ratio: Last learning rate over the peak.
-        decay_fraction: wsd: share of the steps that decay.
-    """
-
-    kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    warmup_steps: int = 200
-    final_lr_ratio: float = 0.05
-    decay_fraction: float = 0.2
-
-
-@dataclass(frozen=True)
-class TrainingRecipe:
-    """One training run.
-
-    Attributes:
-        seed: Of weights, order and dropout.
-        epochs: Passes over the data; or steps.
-        steps: Optimizer steps; or epochs. (One of the two.)
-        batch_tokens: Tokens of one optimizer step, over all GPUs.
-        micro_tokens: Positions of one forward pass on one GPU at most: what fits into memory.
-        eval_every: Steps between validation losses.
-        checkpoint_every: Steps between checkpoints.
-        log_every: Steps between lines on the screen.
-        ema_decay: Of the running mean of the weights, per step; 0: none. Validation and the model folder use it.
-        residual_dropout: Probability, on embeddings and on what layers add to the residual stream. Training only.
-        precision: bfloat16 (autocast, on a GPU) or float32.
-        rows: Layout (batches.py); auto: packed on a GPU in bfloat16, else padded.
-        compile: torch.compile of the layers, on a GPU.
-        early_stopping_patience: Validations without a better loss after which to stop; None: never.
-        max_minutes: Stop after this time, save and export; None: never.
-        export: Weights of the model folder: of the best validation, or the last.
-        export_dtype: Of the weights on disk.
-        export_shard_mb: Largest weights file, in 1e6 bytes.
-        model, data, optimizer, schedule: See there.
-    """
-
-    seed: int
-    epochs: float | None = None
-    steps: int | None = None
-    batch_tokens: int = 65_536
-    micro_tokens: int = 65_536
-    eval_every: int = 250
-    checkpoint_every: int = 1_000
-    log_every: int = 50
-    ema_decay: float = 0.999
-    residual_dropout: float = 0.0
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
-    rows: Literal["auto", "packed", "padded"] = "auto"
-    compile: bool = True
-    early_stopping_patience: int | None = None
-    max_minutes: float | None = None
-    export: Literal["best", "last"] = "best"
-    export_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    export_shard_mb: float = 5_000.0
-    model: ModelRecipe = field(default_factory=ModelRecipe)
-    data: DataRecipe = field(default_factory=DataRecipe)
-    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
-    schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
-
-    def __post_init__(self) -> None:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give one of 'epochs' and 'steps'")
-        for name in ("batch_tokens", "micro_tokens", "eval_every", "checkpoint_every", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"'{name}' must be at least 1, got {getattr(self, name)}")
-        for name in ("ema_decay", "residual_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"'{name}' must be in [0, 1), got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -247,7 +114,7 @@ def train(
     if source is None:
         if recipe.data.corpus is None:
             raise RecipeError("data.corpus is not set: name the corpus to train on.")
-        source = ArraySource(recipe.data.corpus)
+        source = open_source(recipe.data.corpus)
     run = _Run(recipe, Path(out), source, resume)
     try:
         return run.train()
@@ -263,126 +130,6 @@ def train(
             f"{out}: the disk is full; the last checkpoint is whole. Free space or raise checkpoint_every "
             "and run the same command: it resumes."
         ) from error
-
-
-def learning_rate(step: int, n_steps: int, recipe: TrainingRecipe) -> float:
-    """Return the learning rate of a step (0-based) of a run of n_steps."""
-    schedule, peak = recipe.schedule, recipe.optimizer.lr
-    if step < schedule.warmup_steps:
-        return peak * (step + 1) / schedule.warmup_steps
-    low = schedule.final_lr_ratio
-    if schedule.kind == "cosine":
-        done = (step - schedule.warmup_steps) / max(1, n_steps - schedule.warmup_steps)
-        return peak * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
-    decaying = schedule.decay_fraction * n_steps
-    done = (step - (n_steps - decaying)) / max(1.0, decaying)
-    if schedule.kind == "constant" or done <= 0:
-        return peak
-    return peak * (low + (1 - low) * (1 - math.sqrt(min(1.0, done))))
-
-
-def _attention(
-    _module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,  # noqa: ARG001 (None: what may be seen follows from the layout)
-    scaling: float,
-    dropout: float = 0.0,
-    borders: torch.Tensor | None = None,
-    longest: int = 0,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each crystal, in both layouts of batches.py; heads before positions.
-
-    It stands in for transformers' own "sdpa", which builds a mask when it is traced, to look for packed rows, and so
-    leaves the flash kernel.
-    """
-    is_grouped = query.shape[1] != key.shape[1]
-    if borders is None:
-        attended = functional.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=is_grouped
-        )
-        return attended.transpose(1, 2).contiguous(), None
-    if is_grouped:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    if query.device.type == "cuda":
-        query, key, value = (x[0].transpose(0, 1).to(torch.bfloat16) for x in (query, key, value))
-        return _flash_attention(query, key, value, borders, longest, scaling)[None], None
-    positions = torch.arange(query.shape[2], device=query.device)
-    crystal = torch.searchsorted(borders, positions, right=True)
-    seen = (crystal[:, None] == crystal) & (positions[:, None] >= positions)
-    attended = functional.scaled_dot_product_attention(
-        query, key, value, seen, dropout_p=dropout, scale=scaling
-    )
-    return attended.transpose(1, 2).contiguous(), None
-
-
-def _flash_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    borders: torch.Tensor,
-    longest: int,
-    scaling: float,
-) -> torch.Tensor:
-    """Attend within borders: (positions, heads, width) -> the same."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    default = query.shape[-1] ** -0.5
-    if scaling != default:
-        query = query * (scaling / default)
-    # torch 2.11 names causality is_causal or window_size, depending on its build
-    is_named = "is_causal" in inspect.signature(varlen_attn).parameters
-    causal: dict[str, Any] = {"is_causal": True} if is_named else {"window_size": (-1, 0)}
-    attended = varlen_attn(query, key, value, borders, borders, longest, longest, **causal)
-    return cast(torch.Tensor, attended)
-
-
-class _SummedLoss(nn.Module):
-    """A causal LM with its loss: a batch -> sum of the negative log-likelihoods, in nats."""
-
-    def __init__(self, model: nn.Module, device_type: str, longest: int, *, bfloat16: bool) -> None:
-        super().__init__()
-        self.model = model
-        self.device_type = device_type
-        self.longest = longest
-        self.is_bfloat16 = bfloat16
-
-    def forward(
-        self,
-        inputs_BT: torch.Tensor,
-        labels_BT: torch.Tensor,
-        positions_1T: torch.Tensor,
-        borders: torch.Tensor | None,
-    ) -> torch.Tensor:
-        packed: dict[str, Any] = {} if borders is None else {"borders": borders, "longest": self.longest}
-        with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.is_bfloat16):
-            logits_BTV = self.model(
-                input_ids=inputs_BT, position_ids=positions_1T, use_cache=False, **packed
-            ).logits
-        flat = logits_BTV.float().view(-1, logits_BTV.shape[-1])
-        return functional.cross_entropy(flat, labels_BT.view(-1), ignore_index=IGNORED, reduction="sum")
-
-
-def _add_residual_dropout(model: nn.Module, probability: float) -> None:
-    """Drop out the embedding and what each layer adds to the residual stream, by hooks: the model stays a Llama."""
-
-    def drop(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
-        return functional.dropout(output, probability, training=module.training)
-
-    for name, module in model.named_modules():
-        if name.endswith(("embed_tokens", "o_proj", "down_proj")):
-            module.register_forward_hook(drop)
-
-
-def _compile_layers(model: Any, *, is_static: bool) -> None:
-    """Compile the decoder layers in place; being alike, they share one graph, so this is quick at any depth."""
-    names = set(model._no_split_modules or ())
-    for module in model.modules():
-        if type(module).__name__ in names:
-            module.compile(dynamic=not is_static)
 
 
 @dataclass
@@ -402,14 +149,14 @@ class _Run:
     """One process's part of a run."""
 
     def __init__(self, recipe: TrainingRecipe, out: Path, source: TokenSource, resume: bool) -> None:
-        from accelerate import Accelerator
+        from accelerate import Accelerator  # type: ignore[import-untyped]
         from transformers import AttentionInterface
 
         self.recipe, self.out, self.source = recipe, out, source
         self.info = source.info
         self.accelerator = Accelerator(
             mixed_precision="no"
-        )  # autocast is in _SummedLoss, inside the compiled part
+        )  # autocast is in SummedLoss, inside the compiled part
         self.device: torch.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.world = self.accelerator.num_processes
@@ -432,17 +179,17 @@ class _Run:
 
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")
-        AttentionInterface.register("crystallm_kit_training", _attention)
+        AttentionInterface.register("crystallm_kit_training", attention)
         self.model = new_model(recipe.model, self.info.vocabulary, seed=recipe.seed)
         self.model.config._attn_implementation = "crystallm_kit_training"
         self.model.to(self.device).train()
         if recipe.residual_dropout:
-            _add_residual_dropout(self.model, recipe.residual_dropout)
+            add_residual_dropout(self.model, recipe.residual_dropout)
         self.weights: list[torch.Tensor] = [p for p in self.model.parameters() if p.requires_grad]
         self.averages = [w.detach().clone() for w in self.weights] if recipe.ema_decay else []
-        loss = _SummedLoss(self.model, self.device.type, self.layout.max_length, bfloat16=self._is_bfloat16())
+        loss = SummedLoss(self.model, self.device.type, self.layout.max_length, bfloat16=self._is_bfloat16())
         if recipe.compile and self.device.type == "cuda":
-            _compile_layers(self.model, is_static=self.layout.packed)
+            compile_layers(self.model, is_static=self.layout.packed)
         self.loss: nn.Module = self.accelerator.prepare_model(loss)
         self.optimizer = self._optimizer()
         self.progress = _Progress()
@@ -451,7 +198,7 @@ class _Run:
         self._validation: tuple[DeviceExamples, list[Step]] | None = None
         self.n_steps = self._total_steps()
         self._pending: list[tuple[int, torch.Tensor, torch.Tensor, float, int]] = []
-        self.screen = _Screen(
+        self.screen = Screen(
             self.n_steps, self._flops_per_token(), self._peak_flops(), quiet=not self.is_main
         )
 
@@ -502,7 +249,7 @@ class _Run:
         folder = self._export()
         return TrainingResult(stopped, progress.step, folder, progress.best_loss, self.screen.mean_rate())
 
-    # -- one step ------------------------------------------------------------------------------------------------
+    # -- one step
 
     def _step(self, step: Step) -> None:
         recipe, data = self.recipe, self._data
@@ -548,7 +295,7 @@ class _Run:
         return DeviceExamples(
             examples,
             self.device,
-            pad_token_id=self.info.vocabulary.pad_token_id,
+            pad_token_id=self.info.vocabulary.pad_token_id or 0,  # never a target, never seen: any id does
             loss_on_prompt=self.recipe.data.loss_on_prompt,
         )
 
@@ -559,7 +306,7 @@ class _Run:
         n = sum(1 for _ in self._plan(self.source.examples(0), 0))
         return max(1, round(n * (self.recipe.epochs or 0)))
 
-    # -- losses --------------------------------------------------------------------------------------------------
+    # -- losses
 
     @torch.no_grad()
     def _evaluate(self) -> bool:
@@ -604,7 +351,7 @@ class _Run:
                 torch._foreach_copy_(self.weights, kept)
 
     def _flush(self) -> None:
-        """Bring the losses since the last call to the host (the only wait for the GPU), check and write them."""
+        """Bring the losses since the last call to the host, the only wait for the GPU; check, write them."""
         if not self._pending:
             return
         numbers = torch.stack([torch.stack((loss, norm)) for _, loss, norm, _, _ in self._pending])
@@ -642,11 +389,11 @@ class _Run:
         told = self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum")
         return bool(told > 0)
 
-    # -- checkpoints ---------------------------------------------------------------------------------------------
+    # -- checkpoints
 
     def _save(self) -> None:
         """Write a checkpoint, whole or not at all, and drop all but the last two."""
-        from accelerate.utils import gather_object
+        from accelerate.utils import gather_object  # type: ignore[import-untyped]
 
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -741,7 +488,7 @@ class _Run:
                 "Name another folder, or begin anew with --fresh, which removes that run."
             )
 
-    # -- output --------------------------------------------------------------------------------------------------
+    # -- output
 
     def _export(self) -> Path:
         """Write out/model from the best or the last weights."""
@@ -804,7 +551,7 @@ class _Run:
                 file.writelines(json.dumps(record) + "\n" for record in records)
 
     def _trim_metrics(self, step: int) -> None:
-        """Drop the lines after a step, and a half-written last line, so that a resumed run logs no step twice."""
+        """Drop the lines after a step, and a half-written one, so that a resumed run logs no step twice."""
         path = self.out / "metrics.jsonl"
         if not path.exists():
             return
@@ -817,7 +564,7 @@ class _Run:
         writing.write_text("".join(kept), encoding="utf-8")
         writing.replace(path)
 
-    # -- set-up --------------------------------------------------------------------------------------------------
+    # -- set-up
 
     def _is_bfloat16(self) -> bool:
         return self.recipe.precision == "bfloat16" and self.device.type == "cuda"
@@ -839,7 +586,7 @@ class _Run:
         )
 
     def _flops_per_token(self) -> float:
-        """Return 6 FLOPs per weight that a token meets (an embedding row is looked up, unless it is the head too).
+        """Return 6 FLOPs per weight that a token meets; an embedding that is not the head is only looked up.
 
         Attention over texts of tens of tokens adds a few per cent, left out.
         """
@@ -869,67 +616,6 @@ class _Run:
         )
 
 
-class _Screen:
-    """Progress for people: a live line on a terminal, plain lines elsewhere."""
-
-    def __init__(
-        self, n_steps: int, flops_per_token: float, peak_flops: float | None, *, quiet: bool
-    ) -> None:
-        self.n_steps, self.flops_per_token, self.peak_flops, self.quiet = (
-            n_steps,
-            flops_per_token,
-            peak_flops,
-            quiet,
-        )
-        self.validation = ""
-        self.seconds = 0.0
-        self.n_tokens = 0
-        self.is_terminal = sys.stderr.isatty()
-        self._mark = time.perf_counter()
-
-    def start(self, step: int, description: str) -> None:
-        """Print what is about to run, and start the clock."""
-        self.say(f"{description}{f', from step {step:,}' if step else ''}")
-        self._mark = time.perf_counter()
-
-    def logged(self, records: list[dict[str, Any]]) -> None:
-        """Print the mean loss of some steps, which have just ended, and the rate at which they ran."""
-        now = time.perf_counter()
-        seconds, n_tokens = now - self._mark, sum(record["tokens"] for record in records)
-        self._mark = now
-        self.seconds += seconds
-        self.n_tokens += n_tokens
-        rate = n_tokens / seconds
-        step, loss = records[-1]["step"], sum(record["loss"] for record in records) / len(records)
-        left = (self.n_steps - step) * seconds / len(records)
-        used = f"  MFU {rate * self.flops_per_token / self.peak_flops:.0%}" if self.peak_flops else ""
-        self.say(
-            f"step {step:,}/{self.n_steps:,}  loss {loss:.4f}{self.validation}  lr {records[-1]['lr']:.1e}  "
-            f"{rate:,.0f} tokens/s{used}  {int(left) // 60}:{int(left) % 60:02d} left",
-            live=True,
-        )
-
-    def validated(self, step: int, loss: float) -> None:
-        """Note a validation loss; the time that it took counts for no step."""
-        self.validation = f"  validation {loss:.4f}"
-        self.say(f"step {step:,}  validation loss {loss:.4f}")
-        self._mark = time.perf_counter()
-
-    def say(self, text: str, *, live: bool = False) -> None:
-        """Print a line to stderr; a live one is overwritten by the next on a terminal."""
-        if self.quiet:
-            return
-        if self.is_terminal:
-            sys.stderr.write(f"\r\x1b[2K{text}" + ("" if live else "\n"))
-            sys.stderr.flush()
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def mean_rate(self) -> float:
-        """Return tokens per second over all steps so far."""
-        return self.n_tokens / self.seconds if self.seconds else 0.0
-
-
 class _StopSignal:
     """SIGTERM, noted and acted on between two steps."""
 
@@ -951,7 +637,7 @@ class _StopSignal:
 
 
 def _checkpoint_folders(checkpoints: Path) -> list[Path]:
-    """Return the folders of whole checkpoints, oldest first; half-written ones have names that begin with a dot."""
+    """Return the folders of whole checkpoints, oldest first; names of half-written ones begin with a dot."""
     return sorted(f for f in checkpoints.iterdir() if f.name.isdecimal()) if checkpoints.is_dir() else []
 
 
@@ -977,9 +663,9 @@ def _flat(data: dict[str, Any], before: str = "") -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a recipe from the command line; return the exit code (0 also after SIGTERM, 2 for a user's mistake)."""
+    """Run a recipe from the command line; return the exit code (2 for a user's mistake)."""
     parser = argparse.ArgumentParser(
-        prog="python -m crystallm_kit.models.training", description=train.__doc__
+        prog="python -m crystallm_kit.models.training", description="Train a model from a recipe."
     )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--npz", type=Path, help="token arrays; wins over the recipe's data.corpus")
