@@ -3,17 +3,18 @@ r"""One crystal -> the token sequences that its training examples are made of.
     EncodedCrystal(id="mp-22862", text="Na1 Cl1 225\nNa a\nCl b\n5.64 end", texts=[[11, 112, ...], [...]],
                    prompts=[[1006], [1007], ...], prompt_kinds=[ONLY_ELEMENTS, SOME_ELEMENTS, ...], ...)
 
-Texts: every equivalent description where the format knows them (`wyckoff`), the canonical one first; for
-other formats the crystal and augmented views of it. Prompts: the parts that a template's prompt can have, in
-its order, so that drawing.py draws conditions anew for each epoch; whole prompts where a template is no sum of
-parts.
-Deterministic: seed and id fix what is drawn, whatever the order of the crystals or the number of processes.
+Texts: every equivalent description where the format knows them (`wyckoff`), the canonical one first; then, if
+the recipe augments, texts of augmented views. Prompts: the parts that a template's prompt can have, in its
+order, so that drawing.py draws conditions anew for each epoch; whole prompts where a template is no sum of
+parts. Deterministic: seed and id fix what is drawn, whatever the order of the crystals or the number of
+processes.
 
 Not here: drawing (drawing.py), files, splits and shards (corpus.py).
 """
 
 import hashlib
-import json
+import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -21,10 +22,10 @@ from typing import Any
 import numpy as np
 from pymatgen.core.structure import Structure
 
-from crystallm_kit.errors import EncodeError
 from crystallm_kit.records import Conditions, Crystal
-from crystallm_kit.structures.elements import ELEMENTS
-from crystallm_kit.structures.symmetry import dataset
+from crystallm_kit.structures.augmentation import AugmentationRecipe, augment
+from crystallm_kit.structures.elements import ELEMENTS, SYMBOL
+from crystallm_kit.structures.symmetry import dataset, space_group
 from crystallm_kit.text.prompts import template_named, training_conditions
 from crystallm_kit.text.representation import representation
 from crystallm_kit.text.wyckoff import WyckoffRepresentation, text_to_symmetric
@@ -52,8 +53,8 @@ class EncodingRecipe:
         format_settings: Its settings.
         template: Name of the prompt template.
         n_texts: Most texts stored of one crystal.
+        augmentation: Of the views whose texts are stored beside the crystal's own.
         n_whole_prompts: Prompts stored of one crystal, for templates that are no sum of parts.
-        max_tokens: A crystal whose longest prompt and text together have more is dropped.
         dropping: How conditions are drawn.
     """
 
@@ -62,12 +63,12 @@ class EncodingRecipe:
     template: str = "kit-1"
     n_texts: int = 16
     n_whole_prompts: int = 16
-    max_tokens: int = 512
     dropping: ConditionDropping = field(default_factory=ConditionDropping)
+    augmentation: AugmentationRecipe = field(default_factory=AugmentationRecipe)
 
     def __post_init__(self) -> None:
-        if min(self.n_texts, self.n_whole_prompts, self.max_tokens) < 1:
-            raise ValueError("n_texts, n_whole_prompts and max_tokens must be at least 1")
+        if min(self.n_texts, self.n_whole_prompts) < 1:
+            raise ValueError("n_texts and n_whole_prompts must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class EncodedCrystal:
     Attributes:
         id: Of the crystal.
         composition: Reduced, elements by alphabet, every count written ("Cl1 Na1"): what splits go by.
-        spacegroup_number: As found.
+        spacegroup_number: As found; 0 for a molecule.
+        cell_formula: Content of the conventional cell, written like `composition`.
         volume_per_formula_unit_angstrom3: Of the reduced formula.
         text: The canonical text.
         texts: Token ids of all texts, with the end token where the format has one; the canonical one first.
@@ -88,11 +90,22 @@ class EncodedCrystal:
     id: str
     composition: str
     spacegroup_number: int
+    cell_formula: str
     volume_per_formula_unit_angstrom3: float
     text: str
     texts: list[list[int]]
     prompts: list[list[int]]
     prompt_kinds: list[int]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest prompt and text together."""
+        whole = [
+            len(p) for p, kind in zip(self.prompts, self.prompt_kinds, strict=True) if kind == WHOLE_PROMPT
+        ]
+        # a prompt made of parts has one of the two keywords for elements
+        parts = sum(map(len, self.prompts)) - (ONLY_ELEMENTS in self.prompt_kinds)
+        return (max(whole) if whole else parts) + max(map(len, self.texts))
 
 
 class CrystalEncoder:
@@ -125,56 +138,60 @@ class CrystalEncoder:
         """Return the sequences of a crystal.
 
         Raises:
-            EncodeError: If the format cannot carry it, or it has too many tokens.
+            EncodeError: If the format cannot carry it.
             ParseError: If a token is missing.
         """
-        rng = np.random.default_rng([self.seed, *hashlib.sha256(crystal.id.encode()).digest()[:8]])
-        texts = self._texts(crystal, rng)
-        number, n_sites = self._symmetry(crystal, texts[0])
-        prompts, kinds = self._prompts(crystal, number, n_sites, rng)
-        tokens = [self._with_end(self.cut(text)) for text in texts]
-        whole = [len(p) for p, kind in zip(prompts, kinds, strict=True) if kind == WHOLE_PROMPT]
-        # a prompt has one of the two keywords for elements
-        n_prompt = max(whole) if whole else sum(map(len, prompts)) - (ONLY_ELEMENTS in kinds)
-        longest = n_prompt + max(map(len, tokens))
-        if longest > self.recipe.max_tokens:
-            raise EncodeError(f"{longest} tokens with its longest prompt; at most {self.recipe.max_tokens}")
+        index = int.from_bytes(hashlib.sha256(crystal.id.encode()).digest()[:8])
+        rng = np.random.default_rng((self.seed, index))
+        texts = self._texts(crystal, rng, index)
+        number, content = self._symmetry(crystal, texts[0])
+        prompts, kinds = self._prompts(crystal, number, sum(content.values()), rng)
         counts = {str(e): round(n) for e, n in crystal.structure.composition.get_el_amt_dict().items()}
-        divisor = int(np.gcd.reduce(list(counts.values())))
+        divisor = math.gcd(*counts.values())
+        n_centering = space_group(number).n_centering if number else 1
         volume = crystal.structure.volume if isinstance(crystal.structure, Structure) else 0.0
         return EncodedCrystal(
             id=crystal.id,
-            composition=" ".join(f"{e}{counts[e] // divisor}" for e in sorted(counts)),
+            composition=_written({e: n // divisor for e, n in counts.items()}),
             spacegroup_number=number,
+            cell_formula=_written({e: n * n_centering for e, n in content.items()}),
             volume_per_formula_unit_angstrom3=volume / divisor,
             text=texts[0],
-            texts=tokens,
+            texts=[self._with_end(self.cut(text)) for text in texts],
             prompts=prompts,
             prompt_kinds=kinds,
         )
 
-    def _texts(self, crystal: Crystal, rng: np.random.Generator) -> list[str]:
-        if not isinstance(self.format, WyckoffRepresentation):
-            return [self.format.encode(crystal)]
-        found = self.format.encode_descriptions(crystal)
-        if len(found) <= self.recipe.n_texts:
-            return found
-        others = 1 + rng.permutation(len(found) - 1)[: self.recipe.n_texts - 1]
-        return [found[0], *(found[i] for i in sorted(others))]
+    def _texts(self, crystal: Crystal, rng: np.random.Generator, index: int) -> list[str]:
+        n = self.recipe.n_texts
+        if isinstance(self.format, WyckoffRepresentation):
+            texts = self.format.encode_descriptions(crystal)
+        else:
+            texts = [self.format.encode(crystal)]
+        if len(texts) > n:
+            others = 1 + rng.permutation(len(texts) - 1)[: n - 1]
+            texts = [texts[0], *(texts[i] for i in sorted(others))]
+        if self.recipe.augmentation.does_anything:
+            for view in range(n - len(texts)):
+                augmented = augment(
+                    crystal, self.recipe.augmentation, seed=self.seed, epoch=view, index=index
+                )
+                texts.append(self.format.encode(augmented))
+        return list(dict.fromkeys(texts))
 
     def _with_end(self, ids: list[int]) -> list[int]:
         end = self.cut.end_id
         return ids if end is None or ids[-1] == end else [*ids, end]
 
-    def _symmetry(self, crystal: Crystal, text: str) -> tuple[int, int]:
-        """Return the space group number and the atoms of the primitive cell; zeros for a molecule."""
+    def _symmetry(self, crystal: Crystal, text: str) -> tuple[int, dict[str, int]]:
+        """Return space group number and content of the primitive cell; 0 and all atoms for a molecule."""
         if isinstance(self.format, WyckoffRepresentation):
             symmetric = text_to_symmetric(text)
-            return symmetric.spacegroup_number, sum(symmetric.counts.values())
+            return symmetric.spacegroup_number, {SYMBOL[z]: n for z, n in symmetric.counts.items()}
         if not isinstance(crystal.structure, Structure):
-            return 0, 0
+            return 0, dict(Counter(site.specie.symbol for site in crystal.structure))
         found = dataset(crystal.structure)
-        return int(found.number), len(found.prim_std_cell.positions)
+        return int(found.number), dict(Counter(SYMBOL[int(z)] for z in found.prim_std_cell.numbers))
 
     def _prompts(
         self, crystal: Crystal, number: int, n_sites: int, rng: np.random.Generator
@@ -238,6 +255,5 @@ def _one_by_one(conditions: Conditions) -> Mapping[str, Conditions]:
     return found
 
 
-def recipe_hash(*settings: Any) -> str:
-    """Return the sha256 of plain settings, for manifests."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+def _written(counts: Mapping[str, int]) -> str:
+    return " ".join(f"{element}{counts[element]}" for element in sorted(counts))
