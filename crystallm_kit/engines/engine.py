@@ -110,7 +110,9 @@ class ScriptedEngine:
             taken[prompt.text] = turn + 1
             text = self.answers[prompt.text][turn % len(self.answers[prompt.text])]
             stopped = text.endswith(self.end)
-            yield Completion(prompt.text, text, (), "stop" if stopped else "length", float("nan"), sampling.seed, index)
+            yield Completion(
+                prompt.text, text, (), "stop" if stopped else "length", float("nan"), sampling.seed, index
+            )
 
 
 def engine(name: str, *arguments: Any, **settings: Any) -> Engine:

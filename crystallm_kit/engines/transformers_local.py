@@ -51,13 +51,17 @@ class TransformersEngine:
         ready: dict[int, Completion] = {}
         following = 0
         for rows in self._batches(order, ids, prompts):
-            for completion in self._complete_batch(rows, [ids[i] for i in rows], [given[i] for i in rows], prompts, sampling):
+            for completion in self._complete_batch(
+                rows, [ids[i] for i in rows], [given[i] for i in rows], prompts, sampling
+            ):
                 ready[completion.index] = completion
             while following in ready:
                 yield ready.pop(following)
                 following += 1
 
-    def _batches(self, order: list[int], ids: list[list[int]], prompts: Sequence[Prompt]) -> Iterator[list[int]]:
+    def _batches(
+        self, order: list[int], ids: list[list[int]], prompts: Sequence[Prompt]
+    ) -> Iterator[list[int]]:
         """Yield rows of equal prompt length that are all constrained or all not."""
         batch: list[int] = []
         for i in order:
@@ -81,7 +85,9 @@ class TransformersEngine:
     ) -> Iterator[Completion]:
         size, end = len(rows), self.tokenizer.eos_token_id
         limit = min(sampling.max_new_tokens, self._positions() - len(prompt_ids[0]))
-        draws = np.stack([np.random.default_rng((sampling.seed, row)).random(limit, dtype=np.float32) for row in rows])
+        draws = np.stack(
+            [np.random.default_rng((sampling.seed, row)).random(limit, dtype=np.float32) for row in rows]
+        )
         draws_BT = torch.from_numpy(draws).to(self.device)
         given_BT = torch.full((size, limit), -1, dtype=torch.long, device=self.device)
         for b, beginning in enumerate(given):
@@ -127,7 +133,13 @@ class TransformersEngine:
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
             stop = "stop" if bool(ended_B[b]) else "length"
             yield Completion(
-                prompts[row].text, text, ids, stop, float(log_probability_B[b]), sampling.seed, row  # type: ignore[arg-type]
+                prompts[row].text,
+                text,
+                ids,
+                stop,
+                float(log_probability_B[b]),
+                sampling.seed,
+                row,  # type: ignore[arg-type]
             )
 
     def _constraint(self, prompts: Sequence[Prompt]) -> WyckoffConstraint | None:

@@ -128,7 +128,9 @@ class SymmetricCrystal:
         group = space_group(self.spacegroup_number)
         counts: dict[int, int] = {}
         for site in self.sites:
-            counts[site.atomic_number] = counts.get(site.atomic_number, 0) + group[site.letter].primitive_multiplicity
+            counts[site.atomic_number] = (
+                counts.get(site.atomic_number, 0) + group[site.letter].primitive_multiplicity
+            )
         return counts
 
 
@@ -309,7 +311,9 @@ class SpaceGroup:
             if (linear.tobytes() + key.tobytes()) in seen:
                 continue
             for rotation, translation in zip(self.rotations, self.translations, strict=True):
-                moved = np.rint(((rotation @ shift + translation) % 1.0) * 24 * free_axes).astype(np.int64) % 24
+                moved = (
+                    np.rint(((rotation @ shift + translation) % 1.0) * 24 * free_axes).astype(np.int64) % 24
+                )
                 seen.add((rotation @ linear).tobytes() + moved.tobytes())
             yield linear, shift, self._letters_after(linear, shift)
 
@@ -317,7 +321,9 @@ class SpaceGroup:
         generic = np.array([0.1234, 0.2781, 0.4117])
         result = []
         for position in self.positions:
-            point = linear @ (position.form_matrix @ generic[: position.n_free] + position.form_offset) + shift
+            point = (
+                linear @ (position.form_matrix @ generic[: position.n_free] + position.form_offset) + shift
+            )
             orbit = self.rotations @ point + self.translations
             for other_index, other in enumerate(self.positions):
                 if other.multiplicity != position.multiplicity or other.n_free != position.n_free:
@@ -410,7 +416,9 @@ def dataset(structure: Structure, symprec_angstrom: float = SYMPREC_ANGSTROM) ->
     from moyopy import Cell, MoyoDataset, Setting
 
     cell = Cell(
-        structure.lattice.matrix.tolist(), structure.frac_coords.tolist(), [int(z) for z in structure.atomic_numbers]
+        structure.lattice.matrix.tolist(),
+        structure.frac_coords.tolist(),
+        [int(z) for z in structure.atomic_numbers],
     )
     try:
         return MoyoDataset(cell, symprec=symprec_angstrom, setting=Setting.standard())
@@ -437,7 +445,10 @@ def symmetric_crystal(
         EncodeError: If no symmetry is found, or the found one merges cells that differ by more than allowed.
     """
     found = dataset(structure, symprec_angstrom)
-    if len(found.prim_std_cell.positions) < len(structure) and _largest_shift(structure, found) > max_merge_angstrom:
+    if (
+        len(found.prim_std_cell.positions) < len(structure)
+        and _largest_shift(structure, found) > max_merge_angstrom
+    ):
         raise EncodeError(f"at {symprec_angstrom} angstrom the symmetry search merges cells that differ")
     group = space_group(int(found.number))
     primitive, standard = found.prim_std_cell, found.std_cell
@@ -510,8 +521,12 @@ def descriptions(crystal: SymmetricCrystal, element_order: Sequence[int]) -> lis
         code = (free[..., 0] * COORDINATE_STEPS + free[..., 1]) * COORDINATE_STEPS + free[..., 2]
         code = np.where(fits, code, np.iinfo(np.int64).max).min(-1)  # (V, N)
         if (code == np.iinfo(np.int64).max).any():
-            raise EncodeError(f"space group {group.number}: a site leaves its Wyckoff position under the normalizer")
-        order = np.lexsort((code, np.broadcast_to(letters, code.shape), np.broadcast_to(ranks, code.shape)), axis=-1)
+            raise EncodeError(
+                f"space group {group.number}: a site leaves its Wyckoff position under the normalizer"
+            )
+        order = np.lexsort(
+            (code, np.broadcast_to(letters, code.shape), np.broadcast_to(ranks, code.shape)), axis=-1
+        )
         for o, c in zip(order, code, strict=True):
             skeleton = [int(ranks[i]) * 32 + int(letters[i]) for i in o]
             key = (*skeleton, *(int(c[i]) for i in o))
@@ -521,7 +536,11 @@ def descriptions(crystal: SymmetricCrystal, element_order: Sequence[int]) -> lis
             if name in keyed:
                 continue
             sites = tuple(
-                Site(crystal.sites[i].atomic_number, LETTERS[letters[i]], _decode_code(int(c[i]), group, int(letters[i])))
+                Site(
+                    crystal.sites[i].atomic_number,
+                    LETTERS[letters[i]],
+                    _decode_code(int(c[i]), group, int(letters[i])),
+                )
                 for i in o
             )
             keyed[name] = ((*key, *(round(v * 1000) for v in free_lattice)),
@@ -552,7 +571,11 @@ def _polar_origins(group: SpaceGroup, points: FloatArray, ranks: IntArray, lette
 
 
 def _decode_code(code: int, group: SpaceGroup, letter_index: int) -> tuple[float, ...]:
-    values = (code // COORDINATE_STEPS**2, code // COORDINATE_STEPS % COORDINATE_STEPS, code % COORDINATE_STEPS)
+    values = (
+        code // COORDINATE_STEPS**2,
+        code // COORDINATE_STEPS % COORDINATE_STEPS,
+        code % COORDINATE_STEPS,
+    )
     return tuple(v / COORDINATE_STEPS for v in values[: group.positions[letter_index].n_free])
 
 

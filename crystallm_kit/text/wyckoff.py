@@ -155,7 +155,9 @@ def symmetric_to_text(crystal: SymmetricCrystal) -> str:
     """
     counts = {SYMBOL[z]: n for z, n in crystal.counts.items()}
     if max(counts.values()) > MAX_COUNT:
-        raise EncodeError(f"{max(counts.values())} atoms of one element; at most {MAX_COUNT} in a primitive cell")
+        raise EncodeError(
+            f"{max(counts.values())} atoms of one element; at most {MAX_COUNT} in a primitive cell"
+        )
     if max(crystal.lattice) > MAX_INTEGER:
         raise EncodeError(f"cell length {max(crystal.lattice):.1f} angstrom; at most {MAX_INTEGER}")
     header = "".join(f"{symbol}{n} " for symbol, n in counts.items()) + str(crystal.spacegroup_number)
@@ -187,20 +189,28 @@ def text_to_symmetric(text: str) -> SymmetricCrystal:
         if letter not in group:
             raise ParseError("letter", f"space group {number} has no Wyckoff letter {letter}", index)
         if group[letter].n_free == 0 and any(letter == other for _, other in sites):
-            raise ParseError("letter_repeated", f"letter {letter} of space group {number} holds one orbit only", index)
+            raise ParseError(
+                "letter_repeated", f"letter {letter} of space group {number} holds one orbit only", index
+            )
         sites.append((symbol, letter))
         reached[symbol] = reached.get(symbol, 0) + group[letter].primitive_multiplicity
     if reached != counts:
-        raise ParseError("composition", f"sites add up to {_formula(reached)}, line 1 says {_formula(counts)}", 1)
+        raise ParseError(
+            "composition", f"sites add up to {_formula(reached)}, line 1 says {_formula(counts)}", 1
+        )
     words = lines[-1].split(" ")[:-1]
     n_lattice = len(group.free_lattice)
     expected = n_lattice + sum(group[letter].n_free for _, letter in sites)
     if len(words) != expected:
         reason = "too_few_numbers" if len(words) < expected else "too_many_numbers"
-        raise ParseError(reason, f"{len(words)} numbers; space group {number} and its letters need {expected}", len(lines))
+        raise ParseError(
+            reason, f"{len(words)} numbers; space group {number} and its letters need {expected}", len(lines)
+        )
     for i, word in enumerate(words):
         if not (_LENGTH if i < n_lattice else _COORDINATE).fullmatch(word):
-            raise ParseError("number", f"'{word}': {'5.64' if i < n_lattice else '.3053'} expected", len(lines))
+            raise ParseError(
+                "number", f"'{word}': {'5.64' if i < n_lattice else '.3053'} expected", len(lines)
+            )
     free = iter(float(word) for word in words[n_lattice:])
     return SymmetricCrystal(
         number,
@@ -215,7 +225,9 @@ def text_to_symmetric(text: str) -> SymmetricCrystal:
 def _parse_header(line: str) -> tuple[dict[str, int], int]:
     match = _HEADER.fullmatch(line)
     if match is None:
-        raise ParseError("header", f"'{line}': a composition and a space group such as 'Na1 Cl1 225' expected", 1)
+        raise ParseError(
+            "header", f"'{line}': a composition and a space group such as 'Na1 Cl1 225' expected", 1
+        )
     counts: dict[str, int] = {}
     for symbol, count in _ELEMENT_COUNT.findall(match[1]):
         if symbol not in RANK:
@@ -254,7 +266,7 @@ def _grammar() -> Grammar:
     either = " | ".join(f'"{s}"' for s in elements)
     groups = '("23" "0") | ("2" "0".."2" "0".."9") | ("1" "0".."9" "0".."9") | ("1".."9" "0".."9") | "1".."9"'
     lark = (
-        "start: header site+ length+ coordinate* \"end\"\n"
+        'start: header site+ length+ coordinate*\n'
         'header: (ELEMENT COUNT " ")+ SPACEGROUP "\\n"\n'
         'site: ELEMENT " " LETTER "\\n"\n'
         'length: LENGTH " "\n'
@@ -267,7 +279,7 @@ def _grammar() -> Grammar:
         "COORDINATE: /\\.[0-9][0-9][0-9][0-9]/\n"
     )
     gbnf = (
-        'root ::= header site+ length+ coordinate* "end"\n'
+        'root ::= header site+ length+ coordinate*\n'
         'header ::= (element count " ")+ spacegroup "\\n"\n'
         'site ::= element " " [a-zA] "\\n"\n'
         'length ::= ("0" | [1-9] [0-9]? | [1-4] [0-9] [0-9]) "." [0-9] [0-9] " "\n'

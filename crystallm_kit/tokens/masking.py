@@ -76,10 +76,14 @@ class _Tables:
     enough: npt.NDArray[np.int64]  # (S, N, E + 1): set of u after which n atoms can make k elements
     multiplicity: npt.NDArray[np.int64]  # (G, L), 0 where the group has no such letter
     is_fixed: npt.NDArray[np.bool_]  # (G, L)
-    left_after: npt.NDArray[np.int64]  # (G, L, C + 1): vector left after one use of a letter, C if there is none
+    left_after: npt.NDArray[
+        np.int64
+    ]  # (G, L, C + 1): vector left after one use of a letter, C if there is none
     n_free: npt.NDArray[np.int64]  # (G, L)
     n_lattice: npt.NDArray[np.int64]  # (G,)
-    lattice_kind: npt.NDArray[np.int64]  # (G, 6): 0 length, 1 alpha, 2 beta, 3 gamma, 4 beta of a monoclinic cell
+    lattice_kind: npt.NDArray[
+        np.int64
+    ]  # (G, 6): 0 length, 1 alpha, 2 beta, 3 gamma, 4 beta of a monoclinic cell
 
 
 @functools.lru_cache(maxsize=1)
@@ -208,7 +212,9 @@ def compile_request(
             raise ImpossibleRequest(f"{n_elements} elements asked for, but the formula has {len(pattern)}")
         n_elements = len(pattern)
     if n_elements > MAX_ELEMENTS or len(required) > MAX_ELEMENTS:
-        raise ImpossibleRequest(f"{max(n_elements, len(required))} elements asked for; at most {MAX_ELEMENTS}")
+        raise ImpossibleRequest(
+            f"{max(n_elements, len(required))} elements asked for; at most {MAX_ELEMENTS}"
+        )
     if n_elements and len(required) > n_elements:
         raise ImpossibleRequest(f"{len(required)} elements must occur, but only {n_elements} may")
     if n_elements > len(elements):
@@ -229,7 +235,9 @@ def compile_request(
             f"{n_sites} sites in {_names(groups)}: no assignment of Wyckoff positions adds up"
             + (f" with {n_elements} elements" if n_elements else "")
         )
-    return Request(tuple(sorted(RANK[e] for e in elements)), required, n_elements, n_sites, plans, groups, limit)
+    return Request(
+        tuple(sorted(RANK[e] for e in elements)), required, n_elements, n_sites, plans, groups, limit
+    )
 
 
 def _pattern(conditions: Conditions) -> tuple[int, ...] | None:
@@ -277,7 +285,11 @@ def _plans(
     orders = [pattern] if conditions.formula is not None else sorted(set(itertools.permutations(pattern)))
     plans = [tuple(z * c for c in order) for z in sizes for order in orders if max(order) * z < N_COUNTS]
     if groups:
-        plans = [p for p in plans if any(can_hold(g, p) for g in (groups if len(groups) == 1 else _witnesses(groups)))]
+        plans = [
+            p
+            for p in plans
+            if any(can_hold(g, p) for g in (groups if len(groups) == 1 else _witnesses(groups)))
+        ]
     if not plans:
         names = "".join(f"{s}{n if n > 1 else ''}" for s, n in (conditions.formula or {}).items())
         raise ImpossibleRequest(
@@ -302,7 +314,9 @@ def can_hold(spacegroup_number: int, counts: Sequence[int]) -> bool:
     s = t.signature[spacegroup_number - 1]
     used = 1
     for n in counts:
-        used = functools.reduce(int.__or__, (int(t.sums[s, n, u]) for u in range(t.sums.shape[2]) if used >> u & 1), 0)
+        used = functools.reduce(
+            int.__or__, (int(t.sums[s, n, u]) for u in range(t.sums.shape[2]) if used >> u & 1), 0
+        )
     return used > 0
 
 
@@ -327,7 +341,11 @@ class WyckoffConstraint:
     """
 
     def __init__(
-        self, requests: Sequence[Request], *, vocabulary_size: int | None = None, device: str | torch.device = "cpu"
+        self,
+        requests: Sequence[Request],
+        *,
+        vocabulary_size: int | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
         self.device = torch.device(device)
         self.vocabulary_size = vocabulary_size or len(format_.TOKENS)
@@ -396,7 +414,9 @@ class WyckoffConstraint:
         self.composition_count = zeros(MAX_ELEMENTS)
         self.used = (self.tracked >= 0).long()  # (B, K): set of vectors in use; at first {0}
         self.group = zeros()
-        self.enough = zeros(MAX_ELEMENTS + 1)  # (B, E + 1): set of vectors left with which elements i, i + 1 ... fit
+        self.enough = zeros(
+            MAX_ELEMENTS + 1
+        )  # (B, E + 1): set of vectors left with which elements i, i + 1 ... fit
         self.element = zeros()  # index of the element whose sites are being written
         self.missing = zeros()  # atoms of it still to place
         self.left = zeros()  # vector of fixed letters left
@@ -461,7 +481,9 @@ class WyckoffConstraint:
         following = self.required[rows, self.required_met[rows]]  # next required rank, 103 if none
         is_required = ranks == following[:, None]
         room = torch.where(exact, slots > required_left, self.k[rows] + required_left < MAX_ELEMENTS)
-        later = torch.where(exact, slots - 1, required_left)  # elements that must come after a non-required one
+        later = torch.where(
+            exact, slots - 1, required_left
+        )  # elements that must come after a non-required one
         element = (
             self.elements[rows]
             & (ranks > self.rank[rows, None])
@@ -475,7 +497,9 @@ class WyckoffConstraint:
         if len(tracked):
             r = rows[tracked]
             room = torch.where(wanted > 0, wanted, self.max_sites[rows])[tracked] - self.total[r]
-            more[tracked] &= self._room_for(r, room[:, None], slots[tracked].clamp(min=1)[:, None], self.used[r][:, None])[:, 0]
+            more[tracked] &= self._room_for(
+                r, room[:, None], slots[tracked].clamp(min=1)[:, None], self.used[r][:, None]
+            )[:, 0]
         element &= more[:, None]
         closable = (self.k[rows] > 0) & (slots <= 0) & ((wanted == 0) | (self.total[rows] == wanted))
         allowed[rows[:, None], self._ids.element] = element
@@ -513,7 +537,9 @@ class WyckoffConstraint:
         signature = t.signature[self.tracked[rows].clamp(min=0)][:, None]  # (b, 1, K)
         atoms_K, elements_K = atoms.clamp(min=0)[..., None], elements.clamp(min=0)[..., None]
         sets = torch.where(
-            exact[:, None, None], t.enough[signature, atoms_K, elements_K], t.enough_within[signature, atoms_K, elements_K]
+            exact[:, None, None],
+            t.enough[signature, atoms_K, elements_K],
+            t.enough_within[signature, atoms_K, elements_K],
         )
         return (sets & used).ne(0).any(-1) & (atoms >= 0)
 
@@ -536,9 +562,13 @@ class WyckoffConstraint:
         tracked = self.is_tracked[rows].nonzero().squeeze(1)
         if len(tracked):
             r = rows[tracked]
-            sums = self._t.sums[self._t.signature[self.tracked[r].clamp(min=0)]].transpose(1, 2)  # (b, N, K, C)
+            sums = self._t.sums[self._t.signature[self.tracked[r].clamp(min=0)]].transpose(
+                1, 2
+            )  # (b, N, K, C)
             after = _union(self.used[r][:, None].expand(sums.shape[:-1]), sums)
-            room = torch.where(wanted[tracked] > 0, rest[tracked], self.max_sites[r, None] - total[tracked] - counts)
+            room = torch.where(
+                wanted[tracked] > 0, rest[tracked], self.max_sites[r, None] - total[tracked] - counts
+            )
             fits[tracked] &= self._room_for(r, room, slots[tracked].expand_as(room), after)
         allowed[rows[:, None], self._ids.count[1:]] = fits[:, 1:]
 
@@ -560,7 +590,9 @@ class WyckoffConstraint:
         position = self.k[rows] - 1
         self.composition_count[rows, position] = count
         self.total[rows] += count
-        plan_count = self.plans[rows].gather(2, position[:, None, None].expand(-1, self.plans.shape[1], 1)).squeeze(2)
+        plan_count = (
+            self.plans[rows].gather(2, position[:, None, None].expand(-1, self.plans.shape[1], 1)).squeeze(2)
+        )
         self.alive[rows] &= plan_count == count[:, None]
         tracked = self.is_tracked[rows].nonzero().squeeze(1)
         if len(tracked):
@@ -577,7 +609,9 @@ class WyckoffConstraint:
         for i in reversed(range(MAX_ELEMENTS)):
             count = self.composition_count[rows, i]
             following = self.enough[rows, i + 1]
-            self.enough[rows, i] = torch.where(count > 0, _union(following, t.sums[signature, count]), following)
+            self.enough[rows, i] = torch.where(
+                count > 0, _union(following, t.sums[signature, count]), following
+            )
         self.left[rows] = t.full[signature]
         self.missing[rows] = self.composition_count[rows, 0]
         self.mode[rows] = SITE_ELEMENT
@@ -595,7 +629,11 @@ class WyckoffConstraint:
     def _after_this_letter(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return (b, L): atoms still missing after each letter, and the fixed letters left (C where impossible)."""
         group = self.group[rows]
-        left = self._t.left_after[group].gather(2, self.left[rows][:, None, None].expand(-1, N_LETTERS, 1)).squeeze(2)
+        left = (
+            self._t.left_after[group]
+            .gather(2, self.left[rows][:, None, None].expand(-1, N_LETTERS, 1))
+            .squeeze(2)
+        )
         return self.missing[rows, None] - self._t.multiplicity[group], left
 
     def _mask_letter(self, rows: torch.Tensor, allowed: torch.Tensor) -> None:
@@ -632,7 +670,9 @@ class WyckoffConstraint:
         high = torch.where(kind == 0, _LENGTH_RANGE[1], _ANGLE_RANGE[1])
         # Three angles span a cell if |alpha - beta| < gamma < min(alpha + beta, 360 - alpha - beta).
         low = torch.where(kind == 3, ((alpha - beta).abs() + 2).clamp(min=10), low)
-        high = torch.where(kind == 3, (torch.minimum(alpha + beta, 358 - alpha - beta) - 2).clamp(max=168), high)
+        high = torch.where(
+            kind == 3, (torch.minimum(alpha + beta, 358 - alpha - beta) - 2).clamp(max=168), high
+        )
         allowed[rows[:, None], self._ids.integer] = (values >= low) & (values <= high)
 
     def _after_lattice_integer(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:

@@ -1,0 +1,355 @@
+"""From conditions to judged crystals: conditions -> prompts -> engine -> parsing -> verdicts.
+
+The one loop that the command, the server and the benchmarks share.
+
+    >>> for sample in generate(Conditions(formula={"Na": 1, "Cl": 1}), n=20, seed=1):
+    ...     print(sample.verdict.reason or "valid", sample.structure.formula)
+
+Every request ends as exactly one Sample, failures included, in the order of the requests.
+
+Not here: how tokens are drawn (engines/), what valid means (scores/validity.py), the shell (cli.py).
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pymatgen.core import Structure
+
+from crystallm_kit.engines.engine import Engine, Prompt, Sampling
+from crystallm_kit.errors import ImpossibleRequest, ModelError, ParseError
+from crystallm_kit.records import Completion, Conditions, Crystal, Sample, Verdict
+from crystallm_kit.text.parsing import parse_completion
+from crystallm_kit.text.prompts import Template, template_named
+from crystallm_kit.text.representation import Representation, representation
+
+CHUNK = 1024  # requests handed to the engine at a time, so that results stream and memory stays bounded
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that is ready to be asked.
+
+    Attributes:
+        name: Path or name, as it appears in results.
+        engine: What samples.
+        representation: The text format that it writes.
+        template: How it is spoken to.
+        known_elements: Elements of its training data; others are offered only where they are asked for.
+        quantiles: Property name -> values at evenly spaced probabilities in its training data.
+        max_sites: Atoms in the primitive cell that its texts hold; more only where they are asked for.
+    """
+
+    name: str
+    engine: Engine
+    representation: Representation
+    template: Template
+    known_elements: tuple[str, ...]
+    quantiles: dict[str, list[float]]
+    max_sites: int = 24
+
+
+def shipped_model_folder() -> Path:
+    """Return the folder of the model that comes with the package. Raises ModelError if it is not there."""
+    folder = Path(str(resources.files("crystallm_kit").joinpath("pretrained")))
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: this installation came without the shipped model; give --model FOLDER.")
+    return folder
+
+
+def load_model(path: str | Path | None = None, *, batch_size: int = 256, device: str | None = None) -> Model:
+    """Return a model folder's model behind the transformers engine; without a path, the shipped one.
+
+    Raises:
+        ModelError: If the folder is no whole model folder, or its template is not the kit's.
+    """
+    from crystallm_kit.engines.transformers_local import TransformersEngine
+    from crystallm_kit.models.checkpoints import load_model_folder
+    from crystallm_kit.structures.elements import ELEMENTS
+
+    folder = Path(path) if path is not None else shipped_model_folder()
+    network, tokenizer, manifest = load_model_folder(folder)
+    facts = manifest.results
+    return Model(
+        name="shipped" if path is None else str(path),
+        engine=TransformersEngine(network, tokenizer, batch_size=batch_size, device=device),
+        representation=representation(manifest.format, **manifest.format_settings),
+        template=template_named(manifest.template, manifest.template_sha256),
+        known_elements=tuple(facts.get("elements", ELEMENTS)),
+        quantiles=dict(facts.get("quantiles", {})),
+        max_sites=int(facts.get("max_sites", 24)),
+    )
+
+
+@lru_cache(maxsize=1)
+def _shipped_model() -> Model:
+    return load_model()
+
+
+def generate(
+    conditions: Conditions | str | None = None,
+    *,
+    n: int = 1,
+    seed: int = 0,
+    model: Model | str | Path | None = None,
+    sampling: Sampling | None = None,
+    constrained: bool = True,
+    protocol: str = "kit",
+    unique: bool = True,
+) -> list[Sample]:
+    """Return n samples, judged; valid copies of earlier ones are marked "duplicate" where `unique` says so.
+
+    Args:
+        conditions: What is wanted; plain words are understood (text/words.py); None: anything.
+        n: Samples requested; also the length of the result.
+        seed: Same seed, same samples.
+        model: A Model, a folder, or None for the shipped one.
+        sampling: How tokens are drawn; its seed is replaced by `seed`.
+        constrained: Draw only tokens that keep the text well formed and as asked (tokens/masking.py).
+        protocol: A name in scores.thresholds.PROTOCOLS.
+        unique: Mark copies.
+
+    Raises:
+        ImpossibleRequest, UnknownName: If no crystal can meet the conditions.
+        UserError: If words cannot be understood.
+    """
+    from crystallm_kit.scores.funnel import mark_duplicates
+
+    if isinstance(conditions, str):
+        from crystallm_kit.text.words import understand
+
+        conditions = understand(conditions).conditions
+    samples = list(
+        stream([conditions or Conditions()] * n, seed=seed, model=model, sampling=sampling,
+               constrained=constrained, protocol=protocol)
+    )  # fmt: skip
+    return mark_duplicates(samples) if unique else samples
+
+
+def stream(
+    requests: Sequence[Conditions],
+    *,
+    seed: int = 0,
+    model: Model | str | Path | None = None,
+    sampling: Sampling | None = None,
+    constrained: bool = True,
+    protocol: str = "kit",
+    beginnings: Sequence[str] | None = None,
+) -> Iterator[Sample]:
+    """Yield one judged sample for each request, in order, as they come.
+
+    Args:
+        requests: Conditions, one for each sample.
+        seed, model, sampling, constrained, protocol: As in `generate`.
+        beginnings: How each crystal's text begins; None: free.
+    """
+    asked = model if isinstance(model, Model) else (_shipped_model() if model is None else load_model(model))
+    sampling = dataclasses.replace(sampling or Sampling(), seed=seed)
+    prompts = list(_prompts(requests, asked, seed=seed, constrained=constrained, beginnings=beginnings))
+    for start in range(0, len(prompts), CHUNK):
+        chunk = prompts[start : start + CHUNK]
+        # Draws depend on (seed, position), so every chunk gets a seed of its own, the first the caller's.
+        chunk_sampling = (
+            sampling if start == 0 else dataclasses.replace(sampling, seed=_chunk_seed(seed, start))
+        )
+        for offset, completion in enumerate(asked.engine.complete(chunk, chunk_sampling)):
+            index = start + offset
+            yield judge(completion, requests[index], asked, index=index, seed=seed, protocol=protocol)
+
+
+def _chunk_seed(seed: int, start: int) -> int:
+    return int(np.random.SeedSequence((seed, start)).generate_state(1)[0])
+
+
+def _prompts(
+    requests: Sequence[Conditions],
+    model: Model,
+    *,
+    seed: int,
+    constrained: bool,
+    beginnings: Sequence[str] | None,
+) -> Iterator[Prompt]:
+    """Yield the prompts. Values left open by a condition (an interval) are drawn for each sample anew."""
+    request = compiler(model) if constrained and takes_requests(model) else None
+    for index, conditions in enumerate(requests):
+        rng = np.random.default_rng((seed, index, 1))
+        text = model.template.render(conditions, rng, quantiles=model.quantiles)
+        yield Prompt(text, beginnings[index] if beginnings else "", request(conditions) if request else None)
+
+
+def takes_requests(model: Model) -> bool:
+    """Tell whether the model's samples can be constrained: a steerable engine that writes `wyckoff` text."""
+    return model.engine.steerable and model.representation.name == "wyckoff"
+
+
+def compiler(model: Model) -> Any:
+    """Return a function from Conditions to the constraint's Request, with a memory."""
+    from crystallm_kit.tokens.masking import compile_request
+
+    memory: dict[str, Any] = {}
+
+    def request(conditions: Conditions) -> Any:
+        key = repr(conditions)
+        if key not in memory:
+            memory[key] = compile_request(
+                conditions, known_elements=model.known_elements, max_sites=model.max_sites
+            )
+        return memory[key]
+
+    return request
+
+
+def judge(
+    completion: Completion,
+    conditions: Conditions,
+    model: Model,
+    *,
+    index: int,
+    seed: int,
+    protocol: str = "kit",
+) -> Sample:
+    """Return the sample of one completion: parsed, validated, measured."""
+    from crystallm_kit.scores.validity import validate_and_measure
+
+    text = (completion.prompt if model.template.begins_the_text else "") + completion.text
+    parsed = parse_completion(text, model.representation, stop_reason=completion.stop_reason)
+    common: dict[str, Any] = {
+        "id": f"{seed}-{index}",
+        "text": text,
+        "conditions": conditions,
+        "log_probability": completion.log_probability,
+        "seed": seed,
+        "model": model.name,
+    }
+    if isinstance(parsed, Verdict):
+        return Sample(structure=None, verdict=parsed, **common)
+    stated = parsed.properties.get("spacegroup_number")
+    verdict, measures = validate_and_measure(
+        parsed, conditions=conditions, protocol=protocol, stated_spacegroup=int(stated) if stated else None
+    )
+    return Sample(structure=parsed.structure, verdict=verdict, measures=measures, **common)
+
+
+def infill(
+    crystal: Crystal,
+    element: str,
+    *,
+    model: Model | str | Path | None = None,
+    candidates: Iterable[str] | None = None,
+) -> list[tuple[str, float]]:
+    """Rank the elements that could replace one element of a crystal, most likely first.
+
+    The model scores the crystal's text once for each candidate: its log-probability is the model's belief in the
+    whole crystal with that element in place (the candidate's own text, so its canonical order and origin).
+
+    Args:
+        crystal: The crystal; its structure stays as it is.
+        element: Symbol of the element to replace, everywhere in the crystal.
+        model: As in `generate`; the engine must be steerable.
+        candidates: Symbols to try; None: all that the model knows, but those of the crystal's other elements.
+
+    Returns:
+        (symbol, probability) pairs; the probabilities sum to 1 over the candidates.
+
+    Raises:
+        ImpossibleRequest: If the crystal does not hold the element.
+    """
+    asked = model if isinstance(model, Model) else (_shipped_model() if model is None else load_model(model))
+    if not isinstance(crystal.structure, Structure):
+        raise ImpossibleRequest(f"{crystal.id}: a molecule; the model writes crystals")
+    present = {str(e.symbol) for e in crystal.structure.composition.elements}
+    if element not in present:
+        raise ImpossibleRequest(f"{crystal.id}: holds {', '.join(sorted(present))}, not {element}")
+    tried = [c for c in (candidates or asked.known_elements) if c == element or c not in present]
+    texts = []
+    for candidate in tried:
+        structure = crystal.structure.copy()
+        structure.replace_species({element: candidate})
+        texts.append(asked.representation.encode(Crystal(crystal.id, structure)))
+    unconditional = asked.template.render(Conditions())
+    sampling = Sampling(max_new_tokens=asked_positions(asked))
+    scored = asked.engine.complete([Prompt(unconditional, text) for text in texts], sampling)
+    logs = np.array([c.log_probability for c in scored])
+    weights = np.exp(logs - logs.max())
+    ranked = sorted(zip(tried, weights / weights.sum(), strict=True), key=lambda pair: -pair[1])
+    return [(symbol, float(p)) for symbol, p in ranked]
+
+
+def asked_positions(model: Model) -> int:
+    """Return how many tokens a completion of the model may have."""
+    return int(getattr(model.engine, "max_positions", 512)) - 1
+
+
+def complete_crystal(
+    partial_text: str,
+    *,
+    n: int = 1,
+    seed: int = 0,
+    model: Model | str | Path | None = None,
+    protocol: str = "kit",
+) -> list[Sample]:
+    """Return n crystals whose text begins as given: a composition, a space group, the first sites.
+
+    Args:
+        partial_text: The beginning of a text in the model's format, such as "Ba1 Ti1 O3 221\\nBa a\\n".
+        n, seed, model, protocol: As in `generate`.
+
+    Raises:
+        ParseError: If no text of the format begins like that.
+    """
+    from crystallm_kit.text.prompts import completion_prefix
+
+    beginning = completion_prefix(partial_text)
+    if not beginning:
+        raise ParseError("empty", "nothing given to complete")
+    return list(
+        stream([Conditions()] * n, seed=seed, model=model, protocol=protocol, beginnings=[beginning] * n)
+    )
+
+
+def sample_to_dict(sample: Sample) -> dict[str, Any]:
+    """Return a sample as JSON-ready data: everything but the structure, which its text holds."""
+    data: dict[str, Any] = {
+        "id": sample.id,
+        "valid": sample.verdict.valid,
+        "reason": sample.verdict.reason,
+        "detail": sample.verdict.detail,
+        "checks": dict(sample.verdict.checks),
+        "formula": sample.structure.composition.reduced_formula if sample.structure is not None else None,
+        "measures": dict(sample.measures),
+        "log_probability": sample.log_probability if math.isfinite(sample.log_probability) else None,
+        "seed": sample.seed,
+        "model": sample.model,
+        "text": sample.text,
+        "conditions": conditions_to_dict(sample.conditions),
+    }
+    return data
+
+
+def conditions_to_dict(conditions: Conditions) -> dict[str, Any]:
+    """Return the conditions that are set, as JSON-ready data."""
+    data = {k: v for k, v in dataclasses.asdict(conditions).items() if v not in (None, (), False, {})}
+    if "formula" in data:
+        data["formula"] = dict(data["formula"])
+    return data
+
+
+def write_samples(samples: Iterable[Sample], path: str | Path) -> int:
+    """Write one JSON line a sample, failures included, and return how many. Whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writing = path.with_name(f".{path.name}.writing")
+    count = 0
+    with writing.open("w", encoding="utf-8") as handle:
+        for sample in samples:
+            handle.write(json.dumps(sample_to_dict(sample), ensure_ascii=False) + "\n")
+            count += 1
+    writing.replace(path)
+    return count
