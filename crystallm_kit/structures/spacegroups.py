@@ -70,7 +70,7 @@ def spacegroup_number(name: str | int) -> int:
         UnknownName: If it is neither; names the nearest symbol.
     """
     text = str(name).strip()
-    digits = re.fullmatch(r"(?:(?:no\.?|number|#)\s*)?(\d+)", text, flags=re.IGNORECASE)
+    digits = re.fullmatch(r"(?:(?:no\.?|number|#)\s*)?(\d{1,9})", text, flags=re.IGNORECASE)
     if digits:
         number = int(digits[1])
         if 1 <= number <= 230:

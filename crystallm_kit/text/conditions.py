@@ -45,8 +45,8 @@ RANGE = (
     rf"|(?:from\s+)?(?P<low2>{NUMBER})\s*(?P<unit3>{UNIT})?\s*(?:to|\.\.|-)\s*(?P<high2>{NUMBER})\s*(?P<unit4>{UNIT})?"
     rf"|(?:(?P<least>{_AT_LEAST})|(?P<most>{_AT_MOST})|(?P<about>{_ABOUT})|{_EXACT})?\s*"
     rf"(?P<value>{NUMBER})\s*(?P<unit5>{UNIT})?"
-    r"(?:\s*(?:(?P<after_least>or\s+(?:more|above|higher|greater|larger)|and\s+above)|"
-    r"(?P<after_most>or\s+(?:less|below|lower|smaller)|and\s+below)))?)"
+    r"(?:\s*(?:(?P<after_least>or\s+(?:more|above|higher|greater|larger)|and\s+above(?!\s*[-\d.]))|"
+    r"(?P<after_most>or\s+(?:less|below|lower|smaller)|and\s+below(?!\s*[-\d.]))))?)"
 )
 _ABOUT_SHARE = 0.1  # "about 2 eV" is 1.8 to 2.2 eV
 _FACTORS = {
@@ -55,7 +55,7 @@ _FACTORS = {
     "g/cm3": {"g/cm3": 1.0, "gcm-3": 1.0, "g/cc": 1.0, "kg/m3": 1e-3, "kgm-3": 1e-3},
     "GPa": {"gpa": 1.0, "mpa": 1e-3, "kbar": 0.1},
 }
-_ANONYMOUS = re.compile(r"(?:[A-Z]\d*)+")
+_ANONYMOUS = re.compile(r"(?:[A-Z]\d{0,6})+")
 
 
 # ---------------------------------------------------------------- reading
@@ -82,6 +82,8 @@ def parse_formula(text: str) -> dict[str, int]:
         UserError: If it is no formula.
     """
     plain = plain_text(text).strip()
+    if len(plain) > 200:
+        raise UserError(f"formula of {len(plain)} characters; at most 200 are read.")
     if re.search(r"\d\.\d", plain):
         raise ImpossibleRequest(
             f"formula '{text}': counts must be whole numbers; multiply them until they are."
@@ -279,7 +281,7 @@ def _option(name: str, read: Any, value: Any) -> Any:
 
 
 def _whole_number(value: str | int) -> int:
-    if not re.fullmatch(r"\d+", str(value).strip()):
+    if not re.fullmatch(r"\d{1,9}", str(value).strip()):
         raise UserError(f"got '{value}'; expected a whole number.")
     return int(value)
 

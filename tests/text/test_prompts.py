@@ -323,7 +323,7 @@ def test_training_conditions_are_what_the_template_can_say(rocksalt_nacl):
 
 
 def test_unknown_or_unwritable_facts_are_left_out(rocksalt_nacl):
-    """A missing band gap (NaN), an energy out of range, a word, and a molecule's density are no conditions."""
+    """A missing band gap (NaN), an energy out of range, a word, a molecule's density are no conditions."""
     properties = {"band_gap": float("nan"), "e_form": 1e6, "bulk_modulus": "hard", "e_hull": True}
     water = Molecule(["O", "H", "H"], [[0, 0, 0], [0.96, 0, 0], [-0.24, 0.93, 0]])
     for crystal in (Crystal("x", rocksalt_nacl.structure, properties), Crystal("water", water, properties)):
