@@ -243,18 +243,20 @@ class Layout:
             )
 
     def _packs(self, rows: np.ndarray, n_inputs: np.ndarray) -> Iterator[tuple[int, int, tuple[Group, ...]]]:
-        ends = np.concatenate(([0], np.cumsum(n_inputs)))
-        n_least = -(-int(ends[-1]) // max(1, self.pack_positions - int(n_inputs.max())))
-        # filled evenly, so that the last pack is no remainder
-        fill = min(self.pack_positions, -(-int(ends[-1]) // n_least) + int(n_inputs.max()))
-        bounds = [0]
-        while bounds[-1] < len(rows):
-            end = int(np.searchsorted(ends, ends[bounds[-1]] + fill, side="right")) - 1
-            bounds.append(min(end, bounds[-1] + self._most_sequences))
+        ends = np.cumsum(n_inputs)
+        n_packs = -(-int(ends[-1]) // max(1, self.pack_positions - int(n_inputs.max())))
+        while (
+            True
+        ):  # even cuts, so that the last pack is no remainder; each overshoots by one example at most
+            cuts = np.searchsorted(ends, ends[-1] * np.arange(1, n_packs) / n_packs, side="right")
+            bounds = np.unique(np.concatenate(([0], cuts, [len(rows)])))
+            if np.diff(bounds).max() <= self._most_sequences:
+                break
+            n_packs += 1
         n_packs = len(bounds) - 1
         n_steps = max(1, round(n_packs / self.groups_per_step))
         for part in np.array_split(np.arange(n_packs), n_steps):
-            spans = [(bounds[i], bounds[i + 1]) for i in part]
+            spans = [(int(bounds[i]), int(bounds[i + 1])) for i in part]
             groups = [self._pack(rows[a:b], n_inputs[a:b]) for a, b in spans]
             while len(groups) % self.n_processes:
                 groups.append(self._pack(rows[:0], n_inputs[:0]))
@@ -305,7 +307,7 @@ def length_groups(
         i = int(start[j])
         width = int(widths[j - 1])
         part = rows[ends[i] : ends[j]]
-        n_parts = -(-len(part) * width // max(micro_tokens, width))
+        n_parts = -(-len(part) // max(1, micro_tokens // width))
         groups.extend(Group(_filled(piece, row_multiple), width) for piece in np.array_split(part, n_parts))
         j = i
     return tuple(groups)

@@ -55,7 +55,7 @@ def period_and_group(number: int) -> tuple[int, int]:
     start = (0, *_NOBLE_GASES)[period - 1]
     length = _NOBLE_GASES[period - 1] - start
     position = number - start
-    if number == 1 or position <= 2:
+    if position <= 2 and number != 2:
         return period, position
     from_end = length - position
     return period, max(3, 18 - from_end)
