@@ -14,6 +14,7 @@ Not here: drawing (drawing.py), files, splits and shards (corpus.py).
 
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,9 @@ from pymatgen.core.structure import Structure
 from crystallm_kit.records import Conditions, Crystal
 from crystallm_kit.structures.augmentation import AugmentationRecipe, augment
 from crystallm_kit.structures.elements import ELEMENTS, SYMBOL
+from crystallm_kit.structures.spacegroups import spacegroup_number
 from crystallm_kit.structures.symmetry import dataset, space_group
+from crystallm_kit.text.conditions import parse_formula
 from crystallm_kit.text.prompts import template_named, training_conditions
 from crystallm_kit.text.representation import representation
 from crystallm_kit.text.wyckoff import WyckoffRepresentation, text_to_symmetric
@@ -41,6 +44,10 @@ from crystallm_kit.tokens.drawing import (
     ConditionDropping,
     StoredInfo,
     VocabularyInfo,
+)
+
+_CIF_SYMMETRY = re.compile(
+    r"data_(?P<formula>\w+)\n.*_symmetry_space_group_name_H-M +(?P<symbol>[^\n]+?) *\n", flags=re.DOTALL
 )
 
 
@@ -188,6 +195,11 @@ class CrystalEncoder:
         if isinstance(self.format, WyckoffRepresentation):
             symmetric = text_to_symmetric(text)
             return symmetric.spacegroup_number, {SYMBOL[z]: n for z, n in symmetric.counts.items()}
+        if self.recipe.format == "cif" and (stated := _CIF_SYMMETRY.search(text)):
+            # the writer has searched for symmetry already; searching again would take a third of the time
+            number = spacegroup_number(stated["symbol"])
+            content = parse_formula(stated["formula"])
+            return number, {e: n // space_group(number).n_centering for e, n in content.items()}
         if not isinstance(crystal.structure, Structure):
             return 0, dict(Counter(site.specie.symbol for site in crystal.structure))
         found = dataset(crystal.structure)

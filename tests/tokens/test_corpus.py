@@ -319,3 +319,12 @@ def test_a_killed_run_goes_on_where_it_was(corpus, halide_file, tmp_path):
     assert rows(out) == rows(corpus[0])
     assert report.sha256 == corpus[1].sha256
     assert not (out / ".parts").exists()
+
+
+def test_cif_rows_state_symmetry_and_cell_as_wyckoff_rows_do(corpus, halide_file, tmp_path):
+    encoding = EncodingRecipe(format="cif", template="cif-crystallm")
+    report = prepare([halide_file], replace(RECIPE, encoding=encoding, max_tokens=2048), tmp_path / "cif")
+    assert report.n_unknown_tokens == 0
+    columns = ("id", "split", "composition", "spacegroup_number", "cell_formula")
+    facts = [[row[name] for name in columns] for row in rows(tmp_path / "cif")]
+    assert facts == [[row[name] for name in columns] for row in rows(corpus[0])]
