@@ -50,6 +50,8 @@ class Sampling:
 
     Attributes:
         temperature: Logits are divided by it; 0 takes the most likely token.
+        number_temperature: The same for tokens of numbers (cell, coordinates) under a constraint, which knows
+            them; None: as `temperature`. What crystal to make can stay open while its geometry is made sharp.
         top_p: Smallest set of tokens with at least this probability; 1 keeps all.
         top_k: This many of the most likely tokens; 0 keeps all.
         max_new_tokens: A completion is cut there ("length").
@@ -57,6 +59,7 @@ class Sampling:
     """
 
     temperature: float = 1.0
+    number_temperature: float | None = None
     top_p: float = 1.0
     top_k: int = 0
     max_new_tokens: int = 480
@@ -66,6 +69,7 @@ class Sampling:
         """Check the ranges. Raises UserError."""
         for name, fits, expected in (
             ("temperature", self.temperature >= 0, "0 or more"),
+            ("number_temperature", (self.number_temperature or 0) >= 0, "0 or more"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 or more"),
             ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),

@@ -106,7 +106,7 @@ class TransformersEngine:
             logits_BV = output.logits[:, -1].float()
             if constraint is not None:
                 logits_BV = logits_BV.masked_fill(~constraint.mask(), -torch.inf)
-            token_B = _draw(logits_BV, sampling, draws_BT[active, t])
+            token_B = _draw(logits_BV, sampling, draws_BT[active, t], self._temperatures(constraint, sampling))
             forced_B = given_BT[active, t]
             token_B = torch.where(forced_B >= 0, forced_B, token_B)
             chosen = torch.log_softmax(logits_BV, -1).gather(1, token_B[:, None]).squeeze(1)
@@ -148,26 +148,34 @@ class TransformersEngine:
             return None
         return WyckoffConstraint(requests, vocabulary_size=self.model.config.vocab_size, device=self.device)
 
+    def _temperatures(self, constraint: WyckoffConstraint | None, sampling: Sampling) -> torch.Tensor | float:
+        """Return one temperature, or (B,) of them where tokens of numbers have their own."""
+        if constraint is None or sampling.number_temperature is None:
+            return sampling.temperature
+        return torch.where(constraint.in_numbers, sampling.number_temperature, sampling.temperature)
+
     def _positions(self) -> int:
         return int(self.model.config.max_position_embeddings)
 
 
-def _draw(logits_BV: torch.Tensor, sampling: Sampling, uniform_B: torch.Tensor) -> torch.Tensor:
+def _draw(
+    logits_BV: torch.Tensor, sampling: Sampling, uniform_B: torch.Tensor, temperature: torch.Tensor | float
+) -> torch.Tensor:
     """Return (B,) ids: the inverse of the cumulative probability at one uniform number for each row."""
-    if sampling.temperature == 0:
-        return logits_BV.argmax(-1)
-    probability = torch.softmax(logits_BV / sampling.temperature, -1)
+    temperature_B = torch.as_tensor(temperature, device=logits_BV.device).expand(len(logits_BV))
+    # Dividing by almost nothing leaves the most likely token alone.
+    probability = torch.softmax(logits_BV.double() / temperature_B.clamp(min=1e-6)[:, None], -1)
     if sampling.top_k or sampling.top_p < 1:
-        ordered, index = probability.sort(-1, descending=True)
+        ordered, index = probability.sort(-1, descending=True, stable=True)
         if sampling.top_k:
             ordered[:, sampling.top_k :] = 0
         if sampling.top_p < 1:
             before = ordered.cumsum(-1) - ordered
             ordered = ordered.masked_fill(before >= sampling.top_p * ordered.sum(-1, keepdim=True), 0)
         probability = torch.zeros_like(probability).scatter_(1, index, ordered)
-    cumulative = probability.double().cumsum(-1)
+    cumulative = probability.cumsum(-1)
     point = uniform_B.double()[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, point, right=True).squeeze(1)
     # Rounding may put the point beyond the last token of positive probability.
-    last = (probability > 0).long().cumsum(-1).argmax(-1)
+    last = probability.shape[1] - 1 - (probability > 0).flip(1).long().argmax(-1)
     return torch.minimum(token, last)

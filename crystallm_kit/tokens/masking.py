@@ -437,6 +437,11 @@ class WyckoffConstraint:
         """(B,) bool: samples that have written their end."""
         return self.mode == DONE
 
+    @property
+    def in_numbers(self) -> torch.Tensor:
+        """(B,) bool: samples whose next token belongs to the cell or to a coordinate."""
+        return (self.mode >= LATTICE_INTEGER) & (self.mode <= COORDINATE_PAIR)
+
     def mask(self) -> torch.Tensor:
         """Return (B, V) bool: True where a token may come next. Never all False."""
         allowed = torch.zeros(len(self.mode), self.vocabulary_size, dtype=torch.bool, device=self.device)
