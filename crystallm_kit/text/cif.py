@@ -39,10 +39,9 @@ Rock salt, NaCl (AFLOW AB_cF8_225_a_b), a = 5.6402 angstrom, reads (258 tokens, 
 
 Contract
     cif_to_text   a CIF as pymatgen's CifWriter(symprec=0.1) prints it -> this text, by steps on the text
-    alone:
-                  byte for byte CrystaLLM's own.
-    encode        a crystal -> this text. writer="moyo" is fast. "spglib" chooses origin and axes as CifWriter
-                  does, without the cost of pymatgen's objects. "pymatgen" is CifWriter itself, for those
+                  alone: byte for byte CrystaLLM's own.
+    encode        a crystal -> this text. writer="moyo" is fast. "spglib" has origin and axes as CifWriter
+                  has them, without the cost of pymatgen's objects. "pymatgen" is CifWriter itself, for those
                   who need the very distribution that CrystaLLM was trained on. What they share, and what
                   the symmetry leaves open: cif_standard_cell.py.
     decode        this text -> the crystal in its conventional cell. Strict: anything else is a ParseError.
@@ -63,12 +62,10 @@ sets). moyo is about 17 times and spglib 5 times as fast as CifWriter.
 Pitfalls
     - The text must not be read as an ordinary CIF: see cif_decoding.py.
     - He, Ne and Ar print an (Allen) electronegativity but sort as elements without one: last.
-    - Occupancy reads 1.0 as in files that were parsed from CIF (all of CrystaLLM's known texts), and 1
-    where a
-      structure was built in memory. Both are read, 1.0 is written.
+    - Occupancy reads 1.0 as in files that were parsed from CIF (all of CrystaLLM's known texts), and 1 where
+      a structure was built in memory. Both are read, 1.0 is written.
     - A space group symbol becomes one token only if a newline follows it directly, so a prompt that ends in
-    the
-      symbol is cut into letters, most of which are unknown.
+      the symbol is cut into letters, most of which are unknown.
     - Characters outside the vocabulary vanish or become <unk>: no letters but element symbols and x, y, z.
     - A sample ends at two newlines that the model wrote; no token means the end. Stop at the text "\\n\\n".
     - Grammars that walk characters dead-end on this vocabulary: see cif_grammar.py.
@@ -92,6 +89,7 @@ from crystallm_kit.text.cif_grammar import cif_grammar
 from crystallm_kit.text.cif_standard_cell import (
     StandardCell,
     ordered_cell,
+    quietly,
     standard_cell_by_moyo,
     standard_cell_by_spglib,
 )
@@ -246,7 +244,8 @@ def _text_of_cell(cell: StandardCell) -> str:
         counts[site.element] += site.multiplicity
     elements = by_electronegativity(counts)
     amounts = [f"{e}{counts[e]}" for e in elements]
-    reduced, units = Composition(counts).get_reduced_formula_and_factor()
+    with quietly():
+        reduced, units = Composition(counts).get_reduced_formula_and_factor()
     rank = electronegativity_rank()
     sites = sorted(
         cell.sites, key=lambda s: (rank[s.element][0], -s.multiplicity, *(round(x, 6) for x in s.position))
@@ -284,7 +283,8 @@ def _text_by_pymatgen(crystal: Crystal, symprec_angstrom: float) -> str:
     lattice, positions, elements = ordered_cell(crystal)
     structure = Structure(lattice, elements, positions)
     try:
-        raw_cif = str(CifWriter(structure, symprec=symprec_angstrom))
+        with quietly():
+            raw_cif = str(CifWriter(structure, symprec=symprec_angstrom))
     except (SymmetryUndeterminedError, ValueError, TypeError) as error:
         raise EncodeError(
             f"{crystal.id}: no space group within {symprec_angstrom} angstrom: {error}"

@@ -18,7 +18,9 @@ Not here: the text (cif.py); space groups for other uses, in origin choice 2 (st
 
 import itertools
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -121,7 +123,8 @@ def standard_cell_by_spglib(crystal: Crystal, symprec_angstrom: float) -> Standa
     lattice, positions, elements = ordered_cell(crystal)
     cell: Any = (lattice, positions, [Element(e).Z for e in elements])  # arrays do; the stub says sequences
     try:
-        found = spglib.get_symmetry_dataset(cell, symprec=symprec_angstrom, angle_tolerance=5)
+        with quietly():
+            found = spglib.get_symmetry_dataset(cell, symprec=symprec_angstrom, angle_tolerance=5)
     except spglib.SpglibError as error:  # spglib raises, or returns None, by its OLD_ERROR_HANDLING
         raise _no_space_group(crystal.id, symprec_angstrom, error) from error
     if found is None:
@@ -136,6 +139,15 @@ def standard_cell_by_spglib(crystal: Crystal, symprec_angstrom: float) -> Standa
         found.std_positions[in_standard],
         len(found.std_types),
     )
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Keep back two notices: spglib's that it will raise one day, and pymatgen's for He, Ne and Ar."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Set OLD_ERROR_HANDLING", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message="No Pauling electronegativity", category=UserWarning)
+        yield
 
 
 def _no_space_group(crystal_id: str, symprec_angstrom: float, why: object) -> EncodeError:
