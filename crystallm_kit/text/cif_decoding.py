@@ -38,6 +38,7 @@ from crystallm_kit.text.cif_tables import (
 # groups nothing changes between 5e-4 and 1e-2, and two atoms as near as this are no crystal.
 SAME_POSITION = 2e-3
 
+_BLANKS = re.compile(r"[ \t\r]+")
 _NUMBER = re.compile(r"-?[0-9]{1,6}(\.[0-9]{1,12})?")
 _COUNT = re.compile(r"[0-9]{1,5}")
 _AMOUNT = re.compile(r"([A-Z][a-z]?)([0-9]{1,5})")
@@ -47,7 +48,8 @@ class _Reader:
     """The lines of a text, one after the other, each as it must be."""
 
     def __init__(self, text: str) -> None:
-        self.lines = [" ".join(line.split()) for line in text.rstrip().split("\n")]
+        # str.split would take control characters and foreign blanks for blanks
+        self.lines = [_BLANKS.sub(" ", line).strip(" ") for line in text.rstrip(" \t\r\n").split("\n")]
         self.at = 0  # 1-based number of the line read last
 
     def refuse(self, reason: str, why: str) -> NoReturn:

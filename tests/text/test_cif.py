@@ -241,7 +241,7 @@ def test_a_long_formula_sum_stands_on_its_own_line_as_pymatgen_breaks_it():
 
 
 def test_pseudo_translations_do_not_halve_the_cell():
-    """FeSe, https://materialsproject.org/materials/mp-1078538: at 0.1 angstrom moyo alone halves this cell."""
+    """FeSe, https://materialsproject.org/materials/mp-1078538: at 0.1 angstrom moyo halves this cell."""
     sites = [[0.0029, 0.25, 0.2559], [0.2413, 0.75, 0.0840]]
     structure = Structure.from_spacegroup(
         62, Lattice.orthorhombic(5.0562, 3.8535, 6.5921), ["Fe", "Se"], sites
@@ -408,7 +408,7 @@ def test_all_reasons_are_documented():
         assert reason in decode_cif.__doc__
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     start=st.integers(0, len(ROCK_SALT_TEXT)),
     n_removed=st.integers(0, 40),
@@ -425,9 +425,8 @@ def test_a_damaged_text_is_a_crystal_or_a_parse_error(start, n_removed, inserted
     else:
         error = None
         assert np.isfinite(structure.volume)
-        assert structure.composition.formula == re.sub(
-            r"(\d)(?=\D)", r"\1 ", text[5 : text.index("\n")].strip()
-        )
+        title = text.split("\n")[0].strip().removeprefix("data_")
+        assert structure.composition.formula.replace(" ", "") == title
     assert error is None or 0 <= error.line <= text.count("\n") + 1
     assert error is None or error.reason in decode_cif.__doc__
 
