@@ -75,7 +75,7 @@ class SplitIndex:
             "journal_mode = off",
             "synchronous = off",
             "temp_store = file",
-            "cache_size = -65536",
+            "cache_size = -16384",
         ):
             self._database.execute(f"PRAGMA {setting}")
         self._database.execute(
