@@ -23,6 +23,7 @@ Sources: ITA Vol. A (2016) 1.5 (normalizers) and 2.1.3 (Wyckoff positions); Shin
 
 import itertools
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,9 @@ import numpy.typing as npt
 from pymatgen.core import Lattice, Structure
 
 from crystallm_kit.errors import EncodeError, ParseError
+
+# moyo warns of every operation that it drops at a tolerance, which is our ordinary case.
+logging.getLogger("moyo").setLevel(logging.ERROR)
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -134,6 +138,30 @@ class SymmetricCrystal:
         return counts
 
 
+@dataclass(frozen=True, eq=False)
+class CosetMaps:
+    """What the cosets of the proper Euclidean normalizer do to sites, in conventional coordinates.
+
+    A site p of letter l is, after coset q with the origin moved by o, a site of letter letters[q, l], and each row k of
+    matrix[l][q, k] @ p + offset[l][q, k] - origin[l][q] @ o   are free coordinates of one of its representatives.
+
+    Attributes:
+        linear: (Q, 3, 3).
+        shift: (Q, 3).
+        letters: (Q, L) index of the letter that each letter becomes.
+        matrix: For each letter (Q, K, n_free, n_free).
+        offset: For each letter (Q, K, n_free).
+        origin: For each letter (Q, n_free, 3).
+    """
+
+    linear: IntArray
+    shift: FloatArray
+    letters: IntArray
+    matrix: tuple[FloatArray, ...]
+    offset: tuple[FloatArray, ...]
+    origin: tuple[FloatArray, ...]
+
+
 class SpaceGroup:
     """A space group in its standard setting, with its Wyckoff positions and normalizer. Get one by `space_group`."""
 
@@ -148,9 +176,7 @@ class SpaceGroup:
         self.translations: FloatArray = np.array(operations.translations) % 1.0  # (G, 3)
         self.primitive_basis: FloatArray = _PRIMITIVE_BASES[self.symbol.strip()[0]]
         self.n_centering: int = round(1 / float(np.linalg.det(self.primitive_basis)))
-        self.positions: tuple[WyckoffPosition, ...] = tuple(
-            self._position(entry) for entry in _wyckoff_table()[str(number)]
-        )
+        self.positions: tuple[WyckoffPosition, ...] = tuple(self._positions(_wyckoff_table()[str(number)]))
         self._by_letter = {p.letter: p for p in self.positions}
 
     def __getitem__(self, letter: str) -> WyckoffPosition:
@@ -179,7 +205,11 @@ class SpaceGroup:
         `letters[i]` is what the group's i-th letter becomes. Free (polar) shifts are left out; the first is the
         identity. Axis relabellings that hold for a group's type are in it whatever the crystal's metric.
         """
-        return list(self._normalizer_cosets())
+        names = np.array([p.letter for p in self.positions])
+        return [
+            (linear, shift, "".join(names[letters]))
+            for (linear, shift), letters in zip(self._cosets, self.coset_maps.letters, strict=True)
+        ]
 
     def lattice_parameters(self, free: Sequence[float]) -> tuple[float, float, float, float, float, float]:
         """Return (a, b, c, alpha, beta, gamma) of the conventional cell from its free parameters."""
@@ -196,41 +226,38 @@ class SpaceGroup:
             return f[0], f[1], f[2], 90.0, f[3], 90.0
         return f[0], f[1], f[2], f[3], f[4], f[5]
 
-    def _position(self, entry: str) -> WyckoffPosition:
-        label, _, form = entry.partition(" ")
-        matrix, offset = _parse_form(form)
-        used = [axis for axis in range(3) if matrix[:, axis].any()]
-        form_matrix = matrix[:, used]
-        solve_axis, solve_sign = [], []
-        for column in form_matrix.T:
-            axis = next(i for i in range(3) if abs(column[i]) == 1 and np.count_nonzero(form_matrix[i]) == 1)
-            solve_axis.append(axis)
-            solve_sign.append(column[axis])
+    def _positions(self, entries: Sequence[str]) -> Iterator[WyckoffPosition]:
         to_primitive = np.linalg.inv(self.primitive_basis)
-        orbit_matrix, orbit_offset = [], []
-        seen: list[FloatArray] = []
-        generic = np.array([0.1234, 0.2781, 0.4117])[: len(used)]
-        for rotation, translation in zip(self.rotations, self.translations, strict=True):
-            matrix_g = to_primitive @ rotation @ form_matrix
-            offset_g = to_primitive @ (rotation @ offset + translation)
-            point = (matrix_g @ generic + offset_g) % 1.0
-            if any(np.abs((point - other + 0.5) % 1.0 - 0.5).max() < 1e-6 for other in seen):
-                continue
-            seen.append(point)
-            orbit_matrix.append(matrix_g)
-            orbit_offset.append(offset_g % 1.0)
-        return WyckoffPosition(
-            letter=label[-1],
-            multiplicity=int(label[:-1]),
-            primitive_multiplicity=len(seen),
-            n_free=len(used),
-            form_matrix=form_matrix,
-            form_offset=offset,
-            solve_axis=np.array(solve_axis, dtype=np.int64),
-            solve_sign=np.array(solve_sign, dtype=np.float64),
-            orbit_matrix=np.array(orbit_matrix).reshape(len(seen), 3, len(used)),
-            orbit_offset=np.array(orbit_offset),
-        )
+        rotations, translations = to_primitive @ self.rotations, self.translations @ to_primitive.T
+        for entry in entries:
+            label, _, form = entry.partition(" ")
+            matrix, offset = _parse_form(form)
+            used = [axis for axis in range(3) if matrix[:, axis].any()]
+            form_matrix = matrix[:, used]
+            solve_axis, solve_sign = [], []
+            for column in form_matrix.T:
+                axis = next(
+                    i for i in range(3) if abs(column[i]) == 1 and np.count_nonzero(form_matrix[i]) == 1
+                )
+                solve_axis.append(axis)
+                solve_sign.append(column[axis])
+            orbit_matrix = rotations @ form_matrix  # (G, 3, n_free)
+            orbit_offset = rotations @ offset + translations  # (G, 3)
+            points = orbit_matrix @ _GENERIC[: len(used)] + orbit_offset
+            _, first = np.unique(_grid_code(points, 100_000), return_index=True)
+            kept = np.sort(first)  # one operation for each atom of the primitive cell
+            yield WyckoffPosition(
+                letter=label[-1],
+                multiplicity=int(label[:-1]),
+                primitive_multiplicity=len(kept),
+                n_free=len(used),
+                form_matrix=form_matrix,
+                form_offset=offset,
+                solve_axis=np.array(solve_axis, dtype=np.int64),
+                solve_sign=np.array(solve_sign, dtype=np.float64),
+                orbit_matrix=orbit_matrix[kept],
+                orbit_offset=orbit_offset[kept] % 1.0,
+            )
 
     @cached_property
     def padded_forms(self) -> tuple[FloatArray, FloatArray, IntArray, FloatArray, IntArray]:
@@ -253,94 +280,131 @@ class SpaceGroup:
         """Solve x = form(p) for the free coordinates p, on the 1e-4 grid.
 
         Args:
-            points: (..., 3) conventional fractional coordinates.
-            letter_index: (...) index of the letter whose representative form is asked for.
+            points: (N, G, 3) conventional fractional coordinates.
+            letter_index: (N,) index of the letter whose representative form is asked for.
             tolerance: Largest deviation (fractional) from the form that counts as on it.
 
         Returns:
-            free (..., 3) integers in [0, 10000), zero where there is no such free coordinate; fits (...).
+            free (N, G, 3) integers in [0, 10000), zero where there is no such free coordinate; fits (N, G): on the
+            form, and no farther from it than the nearest of the G points, so that a point near a higher symmetry
+            is not taken for one on it.
         """
-        matrix, offset, axis, sign, n_free = (a[letter_index] for a in self.padded_forms)
-        value = np.take_along_axis(points - offset, axis, axis=-1) * sign
-        free = np.rint(value * COORDINATE_STEPS).astype(np.int64) % COORDINATE_STEPS
-        free = np.where(np.arange(3) < n_free[..., None], free, 0)
-        value = np.where(np.arange(3) < n_free[..., None], value, 0.0)
-        residual = points - offset - np.einsum("...ij,...j->...i", matrix, value)
-        return free, np.abs((residual + 0.5) % 1.0 - 0.5).max(-1) < tolerance
+        matrix, offset, axis, sign, n_free = (a[letter_index][:, None] for a in self.padded_forms)
+        is_free = np.arange(3) < n_free[..., None]  # (N, 1, 3)
+        centred = points - offset
+        value = np.take_along_axis(centred, np.broadcast_to(axis, points.shape), axis=-1) * sign
+        value = np.where(is_free, value, 0.0)
+        free = np.where(is_free, np.rint(value * COORDINATE_STEPS).astype(np.int64) % COORDINATE_STEPS, 0)
+        residual = centred - (matrix @ value[..., None])[..., 0]
+        off = np.abs((residual + 0.5) % 1.0 - 0.5).max(-1)
+        return free, (off < tolerance) & (off <= off.min(-1, keepdims=True) + 1e-5)
 
-    def _normalizer_cosets(self) -> Iterator[tuple[IntArray, FloatArray, str]]:
+    @cached_property
+    def coset_maps(self) -> "CosetMaps":
+        """What the normalizer's cosets do to sites."""
+        linear = np.array([c[0] for c in self._cosets])  # (Q, 3, 3)
+        shift = np.array([c[1] for c in self._cosets])  # (Q, 3)
+        _, form_offset, solve_axis, solve_sign, _ = self.padded_forms
+        rows = np.arange(len(linear))[:, None]
+        letters = np.zeros((len(linear), len(self.positions)), dtype=np.int64)
+        matrices, offsets, origins = [], [], []
+        for index, position in enumerate(self.positions):
+            image_matrix = self.rotations @ (linear @ position.form_matrix)[:, None]  # (Q, G, 3, f)
+            moved = linear @ position.form_offset + shift  # (Q, 3)
+            image_offset = np.einsum("gij,qj->qgi", self.rotations, moved) + self.translations
+            letters[:, index], fits = self._image_letter(
+                position, image_matrix @ _GENERIC[: position.n_free] + image_offset
+            )
+            new = letters[:, index]
+            axis, sign = (
+                solve_axis[new][:, : position.n_free],
+                solve_sign[new][:, : position.n_free],
+            )  # (Q, f)
+            # As many operations fit in every coset: those that keep the form as a set.
+            chosen = np.nonzero(fits)[1].reshape(len(linear), -1)  # (Q, K)
+            solved = (rows[..., None], np.arange(chosen.shape[1])[:, None], axis[:, None, :])  # (Q, K, f)
+            matrices.append(image_matrix[rows, chosen][solved] * sign[:, None, :, None])
+            offsets.append((image_offset[rows, chosen] - form_offset[new][:, None])[solved] * sign[:, None])
+            origins.append(np.eye(3)[axis] * sign[..., None])
+        return CosetMaps(linear, shift, letters, tuple(matrices), tuple(offsets), tuple(origins))
+
+    def _image_letter(
+        self, position: WyckoffPosition, points: FloatArray
+    ) -> tuple[IntArray, npt.NDArray[np.bool_]]:
+        """Return (Q,) the letter whose form holds some of points (Q, G, 3), and (Q, G) which of them it holds."""
+        letter = np.full(len(points), -1, dtype=np.int64)
+        fits = np.zeros(points.shape[:2], dtype=bool)
+        for index, other in enumerate(self.positions):
+            if other.multiplicity != position.multiplicity or other.n_free != position.n_free:
+                continue
+            centred = points - other.form_offset
+            value = centred[..., other.solve_axis] * other.solve_sign
+            residual = centred - value @ other.form_matrix.T
+            on_form = np.abs((residual + 0.5) % 1.0 - 0.5).max(-1) < 1e-6  # (Q, G)
+            here = on_form.any(1) & (letter < 0)
+            letter[here], fits[here] = index, on_form[here]
+        if (letter < 0).any():
+            raise AssertionError(f"space group {self.number}: no image of letter {position.letter}")
+        return letter, fits
+
+    @cached_property
+    def _cosets(self) -> list[tuple[IntArray, FloatArray]]:
         linear_parts = _proper_linear_parts(self.crystal_system)
         step = 12 if self.crystal_system in ("trigonal", "hexagonal") else 8
         # Origins at eighths (twelfths on hexagonal axes) hold every discrete normalizer shift of ITA table 3.5.2.
         axes = [[0.0] if polar else [i / step for i in range(step)] for polar in self.polar_axes]
         grid = np.array(list(itertools.product(*axes)))  # (S, 3)
         generators = _generators(self.rotations, self.translations)
-        by_rotation: dict[bytes, FloatArray] = {}
-        for rotation in np.unique(self.rotations, axis=0):
-            same = (self.rotations == rotation).all((1, 2))
-            by_rotation[rotation.tobytes()] = self.translations[same]
-        centering = by_rotation[np.eye(3, dtype=np.int64).tobytes()]
+        by_rotation: dict[bytes, list[FloatArray]] = {}
+        for rotation, translation in zip(self.rotations, self.translations, strict=True):
+            by_rotation.setdefault(rotation.tobytes(), []).append(translation)
+        centering = np.array(by_rotation[np.eye(3, dtype=np.int64).tobytes()])
         found: list[tuple[IntArray, FloatArray]] = []
         for linear in linear_parts:
             inverse = np.rint(np.linalg.inv(linear)).astype(np.int64)
-            fits = np.ones(len(grid), dtype=bool)
-            for index in generators:
-                image = linear @ self.rotations[index] @ inverse
-                allowed = by_rotation.get(np.ascontiguousarray(image).tobytes())
-                if allowed is None:
-                    fits[:] = False
-                    break
-                shift = linear @ self.translations[index] + grid - grid @ image.T  # (S, 3)
-                difference = shift[:, None, :] - allowed[None, :, :]
-                # Along polar axes any shift is allowed later, so only the other axes must agree there.
-                off = np.abs((difference + 0.5) % 1.0 - 0.5)
-                fits &= (off.max(-1) < 1e-6).any(1)
-            if fits.any() and _maps_lattice(linear, centering):
-                found += [(linear, origin) for origin in grid[fits]]
-        yield from self._distinct_cosets(found)
+            images = linear @ self.rotations[generators] @ inverse
+            if any(image.tobytes() not in by_rotation for image in images):
+                continue
+            candidates = grid
+            for index, image in zip(generators, images, strict=True):
+                allowed = np.array(by_rotation[image.tobytes()])
+                shift = linear @ self.translations[index] + candidates - candidates @ image.T  # (S, 3)
+                off = (shift[:, None, :] - allowed[None, :, :] + 0.5) % 1.0 - 0.5
+                candidates = candidates[(np.abs(off).max(-1) < 1e-6).any(1)]
+            if len(candidates) and _maps_lattice(linear, centering):
+                found += [(linear, origin) for origin in candidates]
+        return list(self._distinct_cosets(found))
 
     def _distinct_cosets(
         self, found: list[tuple[IntArray, FloatArray]]
-    ) -> Iterator[tuple[IntArray, FloatArray, str]]:
+    ) -> Iterator[tuple[IntArray, FloatArray]]:
         """Drop elements that differ by an operation of the group (polar shifts ignored)."""
         free_axes = ~self.polar_axes
-        seen: set[bytes] = set()
+        seen: set[tuple[bytes, int]] = set()
         found.sort(key=lambda f: (not (f[0] == np.eye(3)).all(), not (f[0] >= 0).all(), tuple(f[1])))
         for linear, shift in found:
-            key = np.rint(((shift % 1.0) * 24) * free_axes).astype(np.int64) % 24
-            if (linear.tobytes() + key.tobytes()) in seen:
+            moved = _grid_code((self.rotations @ shift + self.translations) * free_axes, 24)  # (G,)
+            if (linear.tobytes(), int(_grid_code(shift * free_axes, 24))) in seen:
                 continue
-            for rotation, translation in zip(self.rotations, self.translations, strict=True):
-                moved = (
-                    np.rint(((rotation @ shift + translation) % 1.0) * 24 * free_axes).astype(np.int64) % 24
-                )
-                seen.add((rotation @ linear).tobytes() + moved.tobytes())
-            yield linear, shift, self._letters_after(linear, shift)
-
-    def _letters_after(self, linear: IntArray, shift: FloatArray) -> str:
-        generic = np.array([0.1234, 0.2781, 0.4117])
-        result = []
-        for position in self.positions:
-            point = (
-                linear @ (position.form_matrix @ generic[: position.n_free] + position.form_offset) + shift
-            )
-            orbit = self.rotations @ point + self.translations
-            for other_index, other in enumerate(self.positions):
-                if other.multiplicity != position.multiplicity or other.n_free != position.n_free:
-                    continue
-                _, fits = self.free_coordinates(orbit, np.full(len(orbit), other_index), tolerance=1e-6)
-                if fits.any():
-                    result.append(other.letter)
-                    break
-            else:
-                raise AssertionError(f"space group {self.number}: no image of letter {position.letter}")
-        return "".join(result)
+            products = self.rotations @ linear
+            seen.update((m.tobytes(), c) for m, c in zip(products, moved.tolist(), strict=True))
+            yield linear, shift
 
 
 @lru_cache(maxsize=230)
 def space_group(number: int) -> SpaceGroup:
     """Return the space group with this number (1-230), built once."""
     return SpaceGroup(number)
+
+
+# A point without symmetry: no operation of any group leaves it or a form at it where it is by chance.
+_GENERIC = np.array([0.1234, 0.2781, 0.4117])
+
+
+def _grid_code(points: FloatArray, steps: int) -> IntArray:
+    """Return (...) one integer for each point (..., 3) modulo 1, the same for points that agree to 1 / steps."""
+    steps_of = np.rint(points * steps).astype(np.int64) % steps
+    return np.asarray((steps_of[..., 0] * steps + steps_of[..., 1]) * steps + steps_of[..., 2])
 
 
 @lru_cache(maxsize=1)
@@ -445,30 +509,40 @@ def symmetric_crystal(
         EncodeError: If no symmetry is found, or the found one merges cells that differ by more than allowed.
     """
     found = dataset(structure, symprec_angstrom)
-    if (
-        len(found.prim_std_cell.positions) < len(structure)
-        and _largest_shift(structure, found) > max_merge_angstrom
-    ):
+    primitive, standard = found.prim_std_cell, np.array(found.std_cell.basis)
+    if len(primitive.positions) < len(structure) and _largest_shift(structure, found) > max_merge_angstrom:
         raise EncodeError(f"at {symprec_angstrom} angstrom the symmetry search merges cells that differ")
     group = space_group(int(found.number))
-    primitive, standard = found.prim_std_cell, found.std_cell
-    to_standard = np.array(primitive.basis) @ np.linalg.inv(np.array(standard.basis))
+    to_standard = np.array(primitive.basis) @ np.linalg.inv(standard)
     points = np.array(primitive.positions) @ to_standard  # conventional fractional coordinates
-    lattice = Lattice(standard.basis)
-    full = (*lattice.abc, *lattice.angles)
-    sites = []
-    for index in sorted(set(found.orbits)):
-        letter = found.wyckoffs[index]
-        image = found.mapping_std_prim[index]
-        free = _representative(group, points[image], letter)
-        sites.append(Site(int(primitive.numbers[image]), letter, free))
-    crystal = SymmetricCrystal(group.number, tuple(float(full[i]) for i in group.free_lattice), tuple(sites))
+    full = _lattice_parameters(standard)
+    orbits = sorted(set(found.orbits))
+    letters = [found.wyckoffs[index] for index in orbits]
+    images = [found.mapping_std_prim[index] for index in orbits]
+    sites = tuple(
+        Site(int(primitive.numbers[image]), letter, free)
+        for image, letter, free in zip(
+            images, letters, _representatives(group, points[images], letters), strict=True
+        )
+    )
+    crystal = SymmetricCrystal(group.number, tuple(float(full[i]) for i in group.free_lattice), sites)
     if sum(crystal.counts.values()) != len(primitive.positions):
         raise EncodeError(
             f"space group {group.number}: orbits hold {sum(crystal.counts.values())} atoms, "
             f"the primitive cell {len(primitive.positions)}"
         )
     return crystal
+
+
+def _lattice_parameters(basis: FloatArray) -> tuple[float, float, float, float, float, float]:
+    """Return (a, b, c, alpha, beta, gamma) of basis (3, 3), rows in angstrom."""
+    metric = basis @ basis.T
+    a, b, c = (math.sqrt(metric[i, i]) for i in range(3))
+    alpha, beta, gamma = (
+        math.degrees(math.acos(max(-1.0, min(1.0, cosine))))
+        for cosine in (metric[1, 2] / (b * c), metric[0, 2] / (a * c), metric[0, 1] / (a * b))
+    )
+    return a, b, c, alpha, beta, gamma
 
 
 def _largest_shift(structure: Structure, found: Any) -> float:
@@ -480,17 +554,20 @@ def _largest_shift(structure: Structure, found: Any) -> float:
     return float(np.linalg.norm(shift, axis=1).max())
 
 
-def _representative(group: SpaceGroup, point: FloatArray, letter: str) -> tuple[float, ...]:
-    """Return the free coordinates (grid of 1e-4, lexicographically smallest) of the orbit of a point."""
-    position = group[letter]
-    if not position.n_free:
-        return ()
-    orbit = group.rotations @ point + group.translations
-    free, fits = group.free_coordinates(orbit, np.full(len(orbit), LETTERS.index(letter)))
-    if not fits.any():
-        raise EncodeError(f"space group {group.number}: {point} is on no representative of letter {letter}")
-    best = min(tuple(int(v) for v in row) for row in free[fits])
-    return tuple(v / COORDINATE_STEPS for v in best[: position.n_free])
+def _representatives(
+    group: SpaceGroup, points: FloatArray, letters: Sequence[str]
+) -> list[tuple[float, ...]]:
+    """Return the free coordinates (grid of 1e-4, lexicographically smallest) of the orbits of points (N, 3)."""
+    index = np.array([LETTERS.index(letter) for letter in letters])
+    orbit = np.einsum("gij,nj->ngi", group.rotations, points) + group.translations
+    free, fits = group.free_coordinates(orbit, index)
+    if not fits.any(1).all():
+        at = int(np.flatnonzero(~fits.any(1))[0])
+        raise EncodeError(
+            f"space group {group.number}: {points[at]} is on no representative of letter {letters[at]}"
+        )
+    code = np.where(fits, _code(free), _NO_CODE).min(1)
+    return [_decode_code(int(c), group.positions[i].n_free) for c, i in zip(code, index, strict=True)]
 
 
 def descriptions(crystal: SymmetricCrystal, element_order: Sequence[int]) -> list[SymmetricCrystal]:
@@ -501,82 +578,144 @@ def descriptions(crystal: SymmetricCrystal, element_order: Sequence[int]) -> lis
     the smallest by (elements and letters of all sites, then free coordinates of all sites): a prototype is written
     with the same letters whatever its elements and its metric.
     """
+    return [_described(crystal, element_order, *key) for key in _sorted_keys(crystal, element_order)]
+
+
+def canonical(crystal: SymmetricCrystal, element_order: Sequence[int]) -> SymmetricCrystal:
+    """Return the first of `descriptions`, without making the others."""
+    key = _sorted_keys(crystal, element_order, only_first=True)[0]
+    return _described(crystal, element_order, *key)
+
+
+_Key = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]
+
+
+def _sorted_keys(
+    crystal: SymmetricCrystal, element_order: Sequence[int], *, only_first: bool = False
+) -> list[_Key]:
+    """Return (skeleton, codes, free lattice) of each description: rank * 32 + letter and coordinates of its sites."""
     group = space_group(crystal.spacegroup_number)
+    maps = group.coset_maps
     rank = {z: i for i, z in enumerate(element_order)}
     ranks = np.array([rank[s.atomic_number] for s in crystal.sites])
-    points = np.array([group[s.letter].form_matrix @ np.array(s.free) + group[s.letter].form_offset
-                       for s in crystal.sites])  # fmt: skip
-    keyed: dict[bytes, tuple[tuple[int, ...], SymmetricCrystal]] = {}
+    site_letters = np.array([LETTERS.index(s.letter) for s in crystal.sites])
+    skeletons = ranks * 32 + maps.letters[:, site_letters]  # (Q, N)
+    ordered = np.sort(skeletons, axis=1)
+    cosets = np.arange(len(ordered))
+    if only_first:
+        for column in ordered.T:
+            cosets = cosets[column[cosets] == column[cosets].min()]
+    coset, origin = _polar_origins(crystal, group, skeletons, cosets)  # (W,), (W, 3)
+    codes = _codes(crystal, group, site_letters, coset, origin)
+    rows = np.sort(skeletons[coset] * COORDINATE_STEPS**3 + codes, axis=1)  # (W, N)
+    if only_first:
+        for column in range(rows.shape[1]):
+            kept = rows[:, column] == rows[:, column].min()
+            rows, coset = rows[kept], coset[kept]
     full = group.lattice_parameters(crystal.lattice)
-    basis = np.array(Lattice.from_parameters(*full).matrix)
-    for linear, shift, letters_after in group.normalizer:
-        letters = np.array([LETTERS.index(letters_after[LETTERS.index(s.letter)]) for s in crystal.sites])
-        moved = points @ linear.T + shift  # (N, 3)
-        origins = _polar_origins(group, moved, ranks, letters)  # (V, 3)
-        orbit = (
-            np.einsum("gij,vnj->vngi", group.rotations, moved[None] - origins[:, None]) + group.translations
-        )  # (V, N, G, 3)
-        index = np.broadcast_to(letters[None, :, None], orbit.shape[:3])
-        free, fits = group.free_coordinates(orbit, index)
-        code = (free[..., 0] * COORDINATE_STEPS + free[..., 1]) * COORDINATE_STEPS + free[..., 2]
-        code = np.where(fits, code, np.iinfo(np.int64).max).min(-1)  # (V, N)
-        if (code == np.iinfo(np.int64).max).any():
-            raise EncodeError(
-                f"space group {group.number}: a site leaves its Wyckoff position under the normalizer"
-            )
-        order = np.lexsort(
-            (code, np.broadcast_to(letters, code.shape), np.broadcast_to(ranks, code.shape)), axis=-1
-        )
-        for o, c in zip(order, code, strict=True):
-            skeleton = [int(ranks[i]) * 32 + int(letters[i]) for i in o]
-            key = (*skeleton, *(int(c[i]) for i in o))
-            lattice = _relabelled(basis, linear, full)
-            free_lattice = tuple(float(lattice[i]) for i in group.free_lattice)
-            name = repr((key, [round(v, 3) for v in free_lattice])).encode()
-            if name in keyed:
-                continue
-            sites = tuple(
-                Site(
-                    crystal.sites[i].atomic_number,
-                    LETTERS[letters[i]],
-                    _decode_code(int(c[i]), group, int(letters[i])),
-                )
-                for i in o
-            )
-            keyed[name] = ((*key, *(round(v * 1000) for v in free_lattice)),
-                           SymmetricCrystal(crystal.spacegroup_number, free_lattice, sites))  # fmt: skip
-    return [found for _, found in sorted(keyed.values(), key=lambda pair: pair[0])]
+    lattices = {q: _relabelled(group, full, maps.linear[q]) for q in set(coset.tolist())}
+    found: dict[tuple[bytes, tuple[int, ...]], _Key] = {}
+    for row, q in zip(rows, coset.tolist(), strict=True):
+        rounded = tuple(round(v * 1000) for v in lattices[q])
+        if (row.tobytes(), rounded) not in found:
+            skeleton, code = np.divmod(row, COORDINATE_STEPS**3)
+            found[row.tobytes(), rounded] = tuple(skeleton.tolist()), tuple(code.tolist()), lattices[q]
+    return sorted(found.values(), key=lambda key: (key[0], key[1], [round(v * 1000) for v in key[2]]))
 
 
-def _relabelled(basis: FloatArray, linear: IntArray, full: Sequence[float]) -> Sequence[float]:
-    """Return (a ... gamma) after relabelling axes so that x' = linear @ x."""
-    if (linear == np.eye(3)).all():
-        return full
-    lattice = Lattice(np.linalg.inv(linear).T @ basis)
-    return (*lattice.abc, *lattice.angles)
+def _described(
+    crystal: SymmetricCrystal,
+    element_order: Sequence[int],
+    skeleton: tuple[int, ...],
+    codes: tuple[int, ...],
+    lattice: tuple[float, ...],
+) -> SymmetricCrystal:
+    group = space_group(crystal.spacegroup_number)
+    sites = tuple(
+        Site(element_order[s // 32], LETTERS[s % 32], _decode_code(c, group.positions[s % 32].n_free))
+        for s, c in zip(skeleton, codes, strict=True)
+    )
+    return SymmetricCrystal(crystal.spacegroup_number, lattice, sites)
 
 
-def _polar_origins(group: SpaceGroup, points: FloatArray, ranks: IntArray, letters: IntArray) -> FloatArray:
-    """Return (V, 3) origins along the polar axes, each putting one candidate anchor atom at zero there."""
+def _codes(
+    crystal: SymmetricCrystal, group: SpaceGroup, site_letters: IntArray, coset: IntArray, origin: FloatArray
+) -> IntArray:
+    """Return (W, N) the smallest free coordinates, as integers, of each site in coset (W,) about origin (W, 3)."""
+    maps = group.coset_maps
+    codes = np.zeros((len(coset), len(crystal.sites)), dtype=np.int64)
+    for letter in set(site_letters.tolist()):
+        n_free = group.positions[letter].n_free
+        if not n_free:
+            continue
+        chosen = np.flatnonzero(site_letters == letter)
+        p = np.array([crystal.sites[i].free for i in chosen])  # (n, f)
+        offset = maps.offset[letter][coset]
+        if origin.any():
+            offset = offset - (maps.origin[letter][coset] @ origin[..., None])[:, None, :, 0]
+        value = np.einsum("wkij,nj->wnki", maps.matrix[letter][coset], p) + offset[:, None]  # (W, n, K, f)
+        steps = np.rint(value * COORDINATE_STEPS).astype(np.int64) % COORDINATE_STEPS
+        codes[:, chosen] = _code(steps).min(-1)
+    return codes
+
+
+def _relabelled(group: SpaceGroup, full: Sequence[float], linear: IntArray) -> tuple[float, ...]:
+    """Return the free lattice parameters after relabelling axes so that x' = linear @ x."""
+    # In the other crystal systems every linear part of the normalizer is a symmetry of the lattice.
+    if group.crystal_system in ("orthorhombic", "monoclinic") and not (linear == np.eye(3)).all():
+        lengths, angles = np.abs(linear) @ full[:3], np.abs(linear) @ full[3:]
+        signs = linear.sum(1)
+        # A signed permutation: reversing one of the two axes of an angle gives its supplement.
+        turned = np.where([signs[1] * signs[2] < 0, signs[0] * signs[2] < 0, signs[0] * signs[1] < 0],
+                          180.0 - angles, angles)  # fmt: skip
+        full = (*lengths.tolist(), *turned.tolist())
+    return tuple(float(full[i]) for i in group.free_lattice)
+
+
+def _polar_origins(
+    crystal: SymmetricCrystal, group: SpaceGroup, skeletons: IntArray, cosets: IntArray
+) -> tuple[IntArray, FloatArray]:
+    """Return (W,) cosets and (W, 3) origins along the polar axes, each putting one candidate anchor atom at zero there.
+
+    Candidates are the sites of the first element with its first letter.
+    """
     polar = group.polar_axes
     if not polar.any():
-        return np.zeros((1, 3))
-    first = np.flatnonzero(ranks == ranks.min())
-    anchors = first[letters[first] == letters[first].min()]
-    atoms = (np.einsum("gij,nj->ngi", group.rotations, points[anchors]) + group.translations).reshape(-1, 3)
-    origins = np.where(polar, atoms % 1.0, 0.0)
-    _, keep = np.unique(np.rint(origins * COORDINATE_STEPS).astype(np.int64) % COORDINATE_STEPS, axis=0,
-                        return_index=True)  # fmt: skip
-    return origins[keep]
+        return cosets, np.zeros((len(cosets), 3))
+    maps = group.coset_maps
+    points = np.array([group[s.letter].form_matrix @ np.array(s.free) + group[s.letter].form_offset
+                       for s in crystal.sites])  # fmt: skip
+    shifts = group.translations * polar
+    shifts = shifts[np.unique(_grid_code(shifts, 24), return_index=True)[1]]
+    chosen, origins = [], []
+    for q in cosets.tolist():
+        anchors = np.flatnonzero(skeletons[q] == skeletons[q].min())
+        moved = points[anchors] @ maps.linear[q].T + maps.shift[q]
+        atoms = ((moved[:, None] + shifts) * polar).reshape(-1, 3) % 1.0
+        atoms = atoms[np.unique(_grid_code(atoms, COORDINATE_STEPS), return_index=True)[1]]
+        chosen += [q] * len(atoms)
+        origins.append(atoms)
+    return np.array(chosen), np.concatenate(origins)
 
 
-def _decode_code(code: int, group: SpaceGroup, letter_index: int) -> tuple[float, ...]:
+_NO_CODE = np.iinfo(np.int64).max
+
+
+def _code(free: IntArray) -> IntArray:
+    """Return (...) one integer for each of free (..., 0-3), in the order of the coordinates; see _decode_code."""
+    code = np.zeros(free.shape[:-1], dtype=np.int64)
+    for axis in range(3):
+        code = code * COORDINATE_STEPS + (free[..., axis] if axis < free.shape[-1] else 0)
+    return code
+
+
+def _decode_code(code: int, n_free: int) -> tuple[float, ...]:
     values = (
         code // COORDINATE_STEPS**2,
         code // COORDINATE_STEPS % COORDINATE_STEPS,
         code % COORDINATE_STEPS,
     )
-    return tuple(v / COORDINATE_STEPS for v in values[: group.positions[letter_index].n_free])
+    return tuple(v / COORDINATE_STEPS for v in values[:n_free])
 
 
 def expand(crystal: SymmetricCrystal) -> Structure:

@@ -48,6 +48,7 @@ from crystallm_kit.structures.symmetry import (
     SYMPREC_ANGSTROM,
     Site,
     SymmetricCrystal,
+    canonical,
     descriptions,
     expand,
     space_group,
@@ -105,13 +106,13 @@ class WyckoffRepresentation:
             EncodeError: If it is a molecule, holds an element beyond Lr, more than 99 atoms of one element in the
                 primitive cell, or a cell beyond 500 angstrom.
         """
-        return self.encode_descriptions(crystal)[0]
+        found = self._symmetric(crystal)
+        return symmetric_to_text(canonical(found, _element_order(found)))
 
     def encode_descriptions(self, crystal: Crystal) -> list[str]:
         """Return every equivalent text of a crystal, the canonical one first. Raises EncodeError."""
         found = self._symmetric(crystal)
-        order = sorted(found.counts, key=lambda z: RANK[SYMBOL[z]])
-        return [symmetric_to_text(d) for d in descriptions(found, order)]
+        return [symmetric_to_text(d) for d in descriptions(found, _element_order(found))]
 
     def _symmetric(self, crystal: Crystal) -> SymmetricCrystal:
         structure = crystal.structure
@@ -145,6 +146,11 @@ class WyckoffRepresentation:
     def grammar(self) -> Grammar:
         """Return the grammar of well-formed texts. What it cannot say: that numbers and letters fit the group."""
         return _grammar()
+
+
+def _element_order(crystal: SymmetricCrystal) -> list[int]:
+    """Return the atomic numbers of a crystal by increasing electronegativity."""
+    return sorted(crystal.counts, key=lambda z: RANK[SYMBOL[z]])
 
 
 def symmetric_to_text(crystal: SymmetricCrystal) -> str:
