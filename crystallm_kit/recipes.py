@@ -41,11 +41,11 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def load_recipe(path: str | Path, cls: type[T], overrides: tuple[str, ...] = ()) -> T:
+def load_recipe(path: str | Path | None, cls: type[T], overrides: tuple[str, ...] = ()) -> T:
     """Return the recipe in a YAML file as an instance of `cls`.
 
     Args:
-        path: The file.
+        path: The file; None: the overrides alone.
         cls: A dataclass whose fields are the keys.
         overrides: "key.sub=value", as from `--set`; the value is read as YAML. They win over the file.
 
@@ -53,20 +53,26 @@ def load_recipe(path: str | Path, cls: type[T], overrides: tuple[str, ...] = ())
         RecipeError: The file is missing or no YAML; a key is unknown, missing or given twice; a value has the
             wrong type, or is refused by the dataclass (ValueError in `__post_init__`).
     """
-    path = Path(path)
+    if path is None:
+        data, where = None, "recipe"
+    else:
+        data, where = _read(Path(path)), str(path)
+    if data is None:
+        data = {}
+    if not isinstance(data, dict):
+        raise RecipeError(f"{where}: a recipe is a mapping of keys to values, got {_shown(data)}.")
+    for override in overrides:
+        _apply(override, data, where)
+    return from_dict(data, cls, where=where)
+
+
+def _read(path: Path) -> Any:
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if data is None:
-        data = {}
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, got {_shown(data)}.")
-    for override in overrides:
-        _apply(override, data, str(path))
-    return from_dict(data, cls, where=str(path))
 
 
 def from_dict(data: Mapping[str, Any], cls: type[T], *, where: str = "recipe") -> T:

@@ -1,0 +1,272 @@
+"""The command: `crystallm-kit`, a verb for each stage.
+
+    crystallm-kit generate "LiFePO4 in Pnma" -n 20 --seed 1
+    crystallm-kit prepare mp.parquet --out corpus
+    crystallm-kit train finetune/llama-scratch-wyckoff-mp.yaml --set data.corpus=corpus
+    crystallm-kit encode POSCAR | crystallm-kit decode - --out again.cif
+
+Results go to standard output; progress, notes and errors to standard error. With --json, standard output
+holds one JSON document and nothing else. Exit code 0: done; 2: the request or the input is wrong, said in one
+line; 130: interrupted, what was finished is kept; 1: anything else.
+
+Not here: what a verb does (verbs.py), which is loaded with its libraries once it is known, so that --help is
+quick.
+"""
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from crystallm_kit.errors import MissingExtra, UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code.
+
+    Args:
+        arguments: As after the command's name; None: those of the process.
+    """
+    options = _parser().parse_args(arguments)
+    _silence_libraries()
+    try:
+        code: int = getattr(importlib.import_module("crystallm_kit.verbs"), options.verb)(options)
+        sys.stdout.flush()  # a closed pipe shows here, not at exit
+        return code
+    except (UserError, MissingExtra) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe (head) has enough; nothing more can be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+def _silence_libraries() -> None:
+    """Keep what libraries say to their developers off the screen; a variable that is set already wins."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also transformers' "Loading weights"
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("moyo").setLevel(logging.ERROR)  # tells of every tolerance that it tries
+    if not sys.warnoptions:  # python -W shows them
+        warnings.simplefilter("ignore")
+
+
+# ---------------------------------------------------------------- options
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="crystallm-kit",
+        description="Generate inorganic crystals with language models: data, text, model, verdicts.",
+        epilog="crystallm-kit VERB --help explains a verb.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
+    _add_generation_verbs(verbs)
+    _add_structure_verbs(verbs)
+    _add_model_verbs(verbs)
+    return parser
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from importlib.metadata import version
+
+        print(f"crystallm-kit {version('crystallm-kit')}")
+        parser.exit()
+
+
+def _add_generation_verbs(verbs: Any) -> None:
+    generate = _verb(verbs, "generate", "crystals from words and conditions, judged and written")
+    generate.add_argument(
+        "prompt", nargs="?", metavar="PROMPT", help='plain words, such as "LiFePO4 in Pnma"'
+    )
+    _condition_options(generate)
+    generate.add_argument(
+        "--temperature", type=float, metavar="T", help="1 samples as trained, 0 takes the likeliest"
+    )
+    generate.add_argument(
+        "--number-temperature",
+        type=float,
+        metavar="T",
+        help="the same for the numbers (default: as --temperature)",
+    )
+    generate.add_argument(
+        "--top-p", type=float, metavar="P", help="keep the likeliest tokens with this probability"
+    )
+    generate.add_argument("--top-k", type=int, metavar="K", help="keep this many of the likeliest tokens")
+    generate.add_argument(
+        "--unconstrained",
+        action="store_true",
+        help="draw freely; by default every sample parses and is as asked",
+    )
+    _run_options(generate)
+
+    complete = _verb(verbs, "complete", "go on with the beginning of a crystal's text")
+    complete.add_argument(
+        "text", metavar="TEXT", help=r'the beginning, such as "Ba1 Ti1 O3 221\nBa a\n", a file with it, or -'
+    )
+    _run_options(complete)
+
+    infill = _verb(verbs, "infill", "rank the elements that could replace one element of a crystal")
+    infill.add_argument("file", metavar="FILE", help="a file with one crystal")
+    infill.add_argument("--element", required=True, metavar="EL", help="the element to replace")
+    infill.add_argument(
+        "--candidates", metavar="EL,EL", help="elements to try (default: all that the model knows)"
+    )
+    infill.add_argument("--top", type=int, default=10, metavar="N", help="show so many (default: 10)")
+    _model_options(infill)
+    infill.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _add_structure_verbs(verbs: Any) -> None:
+    validate = _verb(verbs, "validate", "judge crystals in files")
+    _inputs(validate)
+    _condition_options(validate)
+    validate.add_argument("--protocol", default="kit", metavar="NAME", help="set of checks (default: kit)")
+    validate.add_argument(
+        "--keep-duplicates", action="store_true", help="let copies of earlier crystals count"
+    )
+    validate.add_argument("--json", action="store_true", help="print one JSON document")
+
+    encode = _verb(verbs, "encode", "crystals in files -> their texts")
+    _inputs(encode)
+    _format_options(encode)
+    encode.add_argument("--out", type=Path, metavar="FILE", help="write there instead of to standard output")
+    encode.add_argument("--json", action="store_true", help='a JSON line {"id", "text"} for each crystal')
+
+    decode = _verb(verbs, "decode", "a crystal's text, or a file of them -> structures")
+    decode.add_argument("input", metavar="FILE", help="a text, a .jsonl file with the key 'text', or -")
+    _format_options(decode)
+    decode.add_argument(
+        "--out", type=Path, metavar="PATH", help="file, folder or .zip (default: print a CIF)"
+    )
+
+    convert = _verb(verbs, "convert", "crystal files of one kind -> another kind")
+    _inputs(convert)
+    convert.add_argument("--out", type=Path, required=True, metavar="PATH", help="file, folder or .zip")
+    convert.add_argument(
+        "--format-out", metavar="NAME", help="cif, extxyz, json, parquet, poscar (default: by suffix)"
+    )
+    convert.add_argument("--allow-disordered", action="store_true", help="take crystals with shared sites")
+
+
+def _add_model_verbs(verbs: Any) -> None:
+    prepare = _verb(verbs, "prepare", "crystal files -> a tokenised corpus, split without leaks")
+    _inputs(prepare)
+    prepare.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the corpus")
+    prepare.add_argument("--format", metavar="NAME", help="text format (default: the recipe's, else wyckoff)")
+    prepare.add_argument("--validation", nargs="+", metavar="FILE", help="files that are the validation set")
+    prepare.add_argument("--test", nargs="+", metavar="FILE", help="files that are the test set")
+    prepare.add_argument("--recipe", type=Path, metavar="YAML", help="a corpus recipe")
+    prepare.add_argument(
+        "--seed", type=int, metavar="S", help="of split and augmentation (default: the recipe's, else 0)"
+    )
+    prepare.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes, or Ray tasks (default: 1)"
+    )
+    prepare.add_argument(
+        "--executor", choices=("processes", "ray"), default="processes", help="who does the work"
+    )
+    prepare.add_argument("--json", action="store_true", help="print the report as JSON")
+    _set_option(prepare, "a key of the recipe, such as validation_fraction=0.1")
+
+    train = _verb(verbs, "train", "a corpus -> a model, by a recipe; the same command resumes")
+    train.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="a recipe, as in finetune/")
+    _set_option(train, "a key of the recipe, such as data.corpus=corpus")
+    train.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the run (default: runs/<recipe's name>)"
+    )
+    train.add_argument(
+        "--fresh", action="store_true", help="remove the run that the folder holds, and begin anew"
+    )
+
+    tokenizer = _verb(verbs, "tokenizer", "build tokenizers from their recipes")
+    tokenizer.add_argument(
+        "names", nargs="*", metavar="NAME", help="folders to build (default: every format)"
+    )
+    tokenizer.add_argument(
+        "--build", action="store_true", required=True, help="write tokenizer.json beside the recipe"
+    )
+    tokenizer.add_argument(
+        "--folder", type=Path, default=Path("tokenizers"), help="where the recipes are (default: tokenizers)"
+    )
+
+
+def _verb(verbs: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(name, help=summary, description=summary + ".")
+    return parser
+
+
+def _inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT",
+        help="a folder, .cif, .zip, .tar.gz, .extxyz, .xyz, POSCAR, .json, .csv, .parquet or .pt",
+    )  # fmt: skip
+
+
+def _condition_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("conditions (any of them, or none)")
+    group.add_argument("--formula", metavar="F", help="BaTiO3")
+    group.add_argument("--elements", metavar="E", help="Li,O: among others; Li-O: no others")
+    group.add_argument("--spacegroup", metavar="SG", help="number or symbol: 225, Fm-3m")
+    group.add_argument("--sites", metavar="N", help="atoms in the primitive cell")
+    group.add_argument(
+        "--condition", action="append", default=[], metavar="NAME=VALUE",
+        help='a property, "band_gap>2", "density=4..5", or crystal_system=cubic, n_elements=3, '
+        "anonymous_formula=ABC3; may be repeated",
+    )  # fmt: skip
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", metavar="PATH|ID", help="a model folder, or owner/name (default: the shipped model)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, default=256, metavar="N", help="samples at a time (default: 256)"
+    )
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    from crystallm_kit.results import FORMATS
+
+    parser.add_argument("-n", type=int, metavar="N", help="how many (default: as said in words, else 1)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="same seed, same samples (default: 0)"
+    )
+    _model_options(parser)
+    parser.add_argument("--protocol", default="kit", metavar="NAME", help="set of checks (default: kit)")
+    parser.add_argument("--keep-duplicates", action="store_true", help="let copies of earlier samples count")
+    parser.add_argument(
+        "--out", type=Path, default=Path("crystals"), metavar="DIR", help="(default: crystals)"
+    )
+    parser.add_argument(
+        "--format-out", choices=FORMATS, default="cif", help="of the structures (default: cif)"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document; notes go to standard error"
+    )
+
+
+def _format_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format", default="wyckoff", metavar="NAME", help="text format: cif, compact, wyckoff, xyz"
+    )
+    _set_option(parser, "a setting of the format, such as decimals=4")
+
+
+def _set_option(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help=what + "; may be repeated"
+    )

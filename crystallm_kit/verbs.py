@@ -1,0 +1,485 @@
+"""What each verb of the command does: options in, one call into the package, tables or JSON out.
+
+Every function here takes the parsed options of its verb (cli.py) and returns the exit code. What was read and
+judged goes to standard output, what could not be read to standard error, entry by entry.
+
+Not here: the options themselves, exit codes of errors (cli.py), tables (screen.py), the folder of a
+generation (results.py).
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crystallm_kit.errors import EncodeError, ParseError, UnknownName, UserError
+from crystallm_kit.records import Conditions, Crystal, Sample, Verdict
+
+if TYPE_CHECKING:
+    from crystallm_kit.engines.engine import Sampling
+    from crystallm_kit.generation import Model
+    from crystallm_kit.structures.files import ReadFailure
+    from crystallm_kit.text.words import Understood
+
+# Format -> the prompt template that its models are spoken to in.
+_TEMPLATES = {"wyckoff": "kit-1", "compact": "crystal-text-llm", "cif": "cif-crystallm"}
+
+
+# ---------------------------------------------------------------- verbs
+
+
+def generate(options: argparse.Namespace) -> int:
+    """Generate crystals from words and conditions; judge, write and show them."""
+    from crystallm_kit.generation import stream
+    from crystallm_kit.results import check_folder
+    from crystallm_kit.scores.thresholds import PROTOCOLS
+
+    understood, conditions = _asked(options)
+    n = _n_requested(options, understood)
+    _known("protocol", options.protocol, PROTOCOLS)
+    sampling = _sampling(options)
+    check_folder(options.out)
+    model = _model(options)
+    samples = stream(
+        [conditions] * n, seed=options.seed, model=model, sampling=sampling,
+        constrained=not options.unconstrained, protocol=options.protocol,
+    )  # fmt: skip
+    return _finish(options, samples, n, understood=understood, conditions=conditions)
+
+
+def complete(options: argparse.Namespace) -> int:
+    """Go on with the beginning of a crystal's text; judge, write and show what comes."""
+    from crystallm_kit.generation import complete_crystal
+    from crystallm_kit.results import check_folder
+
+    text = _text_from(options.text).replace("\\n", "\n")
+    if not text.strip():
+        raise ParseError("empty", "nothing is given to complete")
+    check_folder(options.out)
+    n = _n_requested(options, None)
+    samples = complete_crystal(text, n=n, seed=options.seed, model=_model(options), protocol=options.protocol)
+    return _finish(options, iter(samples), n)
+
+
+def infill(options: argparse.Namespace) -> int:
+    """Rank the elements that could replace one element of a crystal."""
+    from crystallm_kit.generation import infill
+    from crystallm_kit.text.conditions import parse_elements
+
+    candidates = parse_elements(options.candidates)[0] if options.candidates else None
+    crystal = _one_crystal(options.file)
+    ranked = infill(crystal, options.element, model=_model(options), candidates=candidates)
+    if options.json:
+        _print_json({"id": crystal.id, "element": options.element, "probabilities": dict(ranked)})
+        return 0
+    print(f"{options.element} in {crystal.structure.composition.reduced_formula} ({crystal.id})")
+    for symbol, probability in ranked[: options.top]:
+        print(f"{symbol:<3} {probability:8.4f}")
+    return 0
+
+
+def validate(options: argparse.Namespace) -> int:
+    """Judge the crystals of files; an entry that cannot be read counts as not valid."""
+    from crystallm_kit.scores.funnel import funnel, mark_duplicates
+    from crystallm_kit.scores.thresholds import PROTOCOLS
+    from crystallm_kit.scores.validity import validate_and_measure
+    from crystallm_kit.structures.files import read
+
+    _known("protocol", options.protocol, PROTOCOLS)
+    conditions = _conditions(options)
+    samples: list[Sample] = []
+
+    def add(name: str, structure: Any, verdict: Verdict, measures: Any) -> None:
+        samples.append(Sample(name, "", structure, verdict, conditions, float("nan"), 0, "", measures))
+
+    def unreadable(failure: "ReadFailure") -> None:
+        add(f"{failure.file}:{failure.entry}", None, Verdict(False, "parse:unreadable", failure.reason), {})
+
+    for crystal in read(options.inputs, on_error=unreadable, allow_disordered=True):
+        verdict, measures = validate_and_measure(crystal, conditions=conditions, protocol=options.protocol)
+        add(crystal.id, crystal.structure, verdict, measures)
+    judged = samples if options.keep_duplicates else mark_duplicates(samples)
+    _show(options, judged, {"protocol": options.protocol}, names="crystal")
+    if not options.json:
+        print(f"protocol {options.protocol}: {funnel(judged).unique:,} of {len(judged):,} are valid")
+    return 0
+
+
+def encode(options: argparse.Namespace) -> int:
+    """Write crystals as text; the exit code is 2 if the format could not carry one of them."""
+    from crystallm_kit.structures.files import read
+    from crystallm_kit.text.representation import representation
+
+    form = representation(options.format, **_settings(options.set))
+    n_failed = 0
+
+    def lines() -> Iterator[str]:
+        nonlocal n_failed
+        for crystal in read(options.inputs, on_error=_say_failure):
+            try:
+                text = form.encode(crystal)
+            except EncodeError as error:
+                n_failed += 1
+                print(f"not encoded: {crystal.id}: {error}", file=sys.stderr)
+                continue
+            yield json.dumps({"id": crystal.id, "text": text}) if options.json else text + "\n"
+
+    _print_lines(lines(), options.out)
+    return 2 if n_failed else 0
+
+
+def decode(options: argparse.Namespace) -> int:
+    """Read crystals from their texts; the exit code is 2 if one of them is no crystal."""
+
+    from crystallm_kit.structures.writing import text_of, write
+    from crystallm_kit.text.parsing import parse_completion
+    from crystallm_kit.text.representation import representation
+
+    form = representation(options.format, **_settings(options.set))
+    n_failed = 0
+
+    def crystals() -> Iterator[Crystal]:
+        nonlocal n_failed
+        for name, text in _texts(options.input):
+            found = parse_completion(text, form)
+            if isinstance(found, Verdict):
+                n_failed += 1
+                print(f"not decoded: {name}: {found.reason}: {found.detail}", file=sys.stderr)
+                continue
+            yield replace(found, id=name)
+
+    if options.out is not None:
+        n_written = write(crystals(), options.out)
+        print(f"{n_written:,} written to {options.out}", file=sys.stderr)
+    else:
+        found = list(crystals())
+        if len(found) > 1:
+            raise UserError(f"{options.input} holds {len(found)} crystals; name a place for them with --out")
+        for crystal in found:
+            print(text_of(crystal, "cif"), end="")
+    if n_failed and options.out is None and not found:
+        raise ParseError("nothing_decoded", f"{options.input}: no text of it is a crystal")
+    return 2 if n_failed else 0
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Read crystals of one kind of file and write another."""
+    from crystallm_kit.structures.files import read, write
+
+    crystals = read(
+        options.inputs,
+        on_error=_say_failure,
+        allow_disordered=options.allow_disordered,
+        progress=sys.stderr.isatty(),
+    )
+    n_written = write(crystals, options.out, format=options.format_out)
+    print(f"{n_written:,} written to {options.out}", file=sys.stderr)
+    return 0
+
+
+def prepare(options: argparse.Namespace) -> int:
+    """Prepare a corpus, or finish one that was interrupted."""
+    from crystallm_kit.recipes import load_recipe
+    from crystallm_kit.tokens.corpus import CorpusRecipe, prepare, print_report
+
+    overrides = []
+    if options.recipe is None:
+        overrides.append(f"seed={options.seed or 0}")
+    elif options.seed is not None:
+        overrides.append(f"seed={options.seed}")
+    if options.format is not None:
+        from crystallm_kit.text.representation import REPRESENTATIONS
+
+        _known("representation", options.format, REPRESENTATIONS)
+        overrides.append(f"encoding.format={options.format}")
+        if options.format in _TEMPLATES:
+            overrides.append(f"encoding.template={_TEMPLATES[options.format]}")
+    recipe = load_recipe(options.recipe, CorpusRecipe, (*overrides, *options.set))
+    given = {"validation": options.validation, "test": options.test}
+    inputs = {"train": options.inputs, **{split: paths for split, paths in given.items() if paths}}
+    report = prepare(
+        inputs if len(inputs) > 1 else options.inputs, recipe, options.out,
+        workers=options.workers, executor=options.executor,
+    )  # fmt: skip
+    if options.json:
+        _print_json(asdict(report))
+    else:
+        print_report(report)
+    return 0
+
+
+def train(options: argparse.Namespace) -> int:
+    """Train by a recipe, or go on with a run that was interrupted."""
+    from crystallm_kit.models.training import train
+    from crystallm_kit.models.training_recipe import TrainingRecipe
+    from crystallm_kit.recipes import load_recipe, recipe_to_dict
+
+    recipe = load_recipe(options.recipe, TrainingRecipe, tuple(options.set))
+    out = options.out or Path("runs") / options.recipe.stem
+    result = train(recipe, out, resume=not options.fresh)
+    _print_json(recipe_to_dict(result))
+    return 0
+
+
+def tokenizer(options: argparse.Namespace) -> int:
+    """Build tokenizers from their recipes."""
+    from crystallm_kit.tokens.tokenizer import main as build
+
+    build(["--build", "--folder", str(options.folder), *options.names])
+    return 0
+
+
+# ---------------------------------------------------------------- what is asked for
+
+
+def _asked(options: argparse.Namespace) -> tuple["Understood | None", Conditions]:
+    """Return what the words and the options ask for together; show it before anything is generated."""
+    from crystallm_kit.text.conditions import check_conditions, describe
+
+    given = _conditions(options)
+    understood = None
+    conditions = given
+    if options.prompt is not None:
+        from crystallm_kit.text.words import understand
+
+        understood = understand(options.prompt)
+        if not understood.understood:
+            hints = " ".join(f"({note})" for note in understood.notes)
+            raise UserError(
+                f"prompt '{options.prompt}': nothing of it was understood {hints}".rstrip()
+                + "; say it with formulas, elements, space groups, properties, or use the options (--help)."
+            )
+        conditions = _combined(understood.conditions, given)
+        check_conditions(conditions)
+        print(understood.report(), file=_notes(options))
+    if conditions != (understood.conditions if understood else None):
+        print(
+            f"asked for{', with the options' if understood else ''}: {describe(conditions)}",
+            file=_notes(options),
+        )
+    return understood, conditions
+
+
+def _conditions(options: argparse.Namespace) -> Conditions:
+    from crystallm_kit.text.conditions import parse_conditions
+
+    return parse_conditions(
+        options.formula, options.elements, spacegroup=options.spacegroup, sites=options.sites,
+        properties=options.condition,
+    )  # fmt: skip
+
+
+def _combined(words: Conditions, given: Conditions) -> Conditions:
+    """Return both; where they name the same condition, the option wins."""
+
+    nothing = Conditions()
+    changes = {
+        f.name: getattr(given, f.name)
+        for f in fields(Conditions)
+        if getattr(given, f.name) != getattr(nothing, f.name)
+    }
+    if given.elements:
+        changes["only_elements"] = given.only_elements
+    return replace(words, **{**changes, "properties": {**words.properties, **given.properties}})
+
+
+def _n_requested(options: argparse.Namespace, understood: "Understood | None") -> int:
+    n = options.n if options.n is not None else (understood.n if understood else None)
+    if n is not None and n < 1:
+        raise UserError(f"-n {n}: 1 or more expected")
+    return 1 if n is None else int(n)
+
+
+def _sampling(options: argparse.Namespace) -> "Sampling":
+    from crystallm_kit.engines.engine import Sampling
+
+    given = {name: getattr(options, name) for name in ("temperature", "number_temperature", "top_p", "top_k")}
+    return Sampling(seed=options.seed, **{name: value for name, value in given.items() if value is not None})
+
+
+def _model(options: argparse.Namespace) -> "Model":
+    """Return the model; a folder is never looked for on the network."""
+    if options.model is None or Path(options.model).exists():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from crystallm_kit.generation import load_model
+
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size {options.batch_size}: 1 or more expected")
+    return load_model(options.model, batch_size=options.batch_size)
+
+
+def _known(kind: str, name: str, known: Any) -> None:
+
+    if name not in known:
+        raise UnknownName.among(kind, name, known)
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    """Return a text format's settings from "decimals=4"."""
+    import yaml
+
+    settings = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"--set '{pair}': expected name=value, such as decimals=4")
+        settings[name.strip()] = yaml.safe_load(value)
+    return settings
+
+
+# ---------------------------------------------------------------- input
+
+
+def _one_crystal(path: str) -> Crystal:
+    from crystallm_kit.structures.files import read
+
+    crystals = read(path, on_error=_say_failure)
+    first = next(crystals, None)
+    if first is None or next(crystals, None) is not None:
+        raise UserError(f"{path}: expected one crystal, found {'none' if first is None else 'more'}")
+    return first
+
+
+def _text_from(source: str) -> str:
+    """Return a text that is given as it is, in a file, or on standard input ("-")."""
+    if source == "-":
+        return sys.stdin.read()
+    return (
+        Path(source).read_text(encoding="utf-8") if len(source) < 255 and Path(source).is_file() else source
+    )
+
+
+def _texts(source: str) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of a JSON Lines file with "text" and perhaps "id", or of a file with one text."""
+    if source != "-" and not Path(source).is_file():
+        raise UserError(
+            f"{source}: no such file; give a file with a crystal's text, .jsonl, or - for standard input"
+        )
+    whole = _text_from(source)
+    if not whole.lstrip().startswith("{"):
+        yield ("crystal" if source == "-" else Path(source).stem), whole.strip("\n")
+        return
+    for number, line in enumerate(whole.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            text = entry["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{source}: line {number}: expected a JSON object with the key 'text'") from error
+        yield str(entry.get("id", number)), text
+
+
+def _say_failure(failure: "ReadFailure") -> None:
+    print(f"not read: {failure}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- output
+
+
+def _finish(
+    options: argparse.Namespace,
+    samples: Iterator[Sample],
+    n: int,
+    *,
+    understood: "Understood | None" = None,
+    conditions: Conditions | None = None,
+) -> int:
+    """Draw the samples, write them, show them. What was finished before an interruption is kept."""
+
+    from crystallm_kit.generation import conditions_to_dict
+    from crystallm_kit.results import write_results
+    from crystallm_kit.scores.funnel import mark_duplicates
+    from crystallm_kit.screen import with_progress
+
+    started = time.monotonic()
+    done: list[Sample] = []
+    interrupted = False
+    try:
+        for sample in with_progress(samples, n, what="generating"):
+            done.append(sample)  # noqa: PERF402 - what is done before an interruption is kept
+    except KeyboardInterrupt:
+        interrupted = True
+    if not done:
+        raise KeyboardInterrupt
+    judged = done if options.keep_duplicates else mark_duplicates(done)
+    seconds = time.monotonic() - started
+    written = write_results(judged, options.out, format=options.format_out)
+    facts: dict[str, Any] = {
+        "requested": n,
+        "seed": options.seed,
+        "model": judged[0].model,
+        "protocol": options.protocol,
+        "seconds": round(seconds, 2),
+        "files": {
+            "samples": str(written.samples),
+            "structures": None if written.structures is None else str(written.structures),
+        },
+    }
+    if conditions is not None:
+        facts["conditions"] = conditions_to_dict(conditions)
+    if understood is not None:
+        facts["understood"] = {
+            "n": understood.n,
+            "phrases": [list(pair) for pair in understood.understood],
+            "not_understood": list(understood.not_understood),
+            "notes": list(understood.notes),
+        }
+    _show(options, judged, facts)
+    if not options.json:
+        print(
+            f"\n{len(judged):,} samples in {seconds:.1f} s; seed {options.seed}, protocol {options.protocol}"
+        )
+        if written.structures is None:
+            print("no valid crystal")
+        else:
+            print(f"{written.n_structures:,} valid: {written.structures}")
+        print(f"every text and verdict: {written.samples}")
+    if interrupted:
+        print(f"interrupted after {len(judged):,} of {n:,} samples, which are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _show(
+    options: argparse.Namespace, samples: Sequence[Sample], facts: dict[str, Any], *, names: str = "sample"
+) -> None:
+    """Print the samples and the funnel: as one JSON document, or as tables."""
+    from crystallm_kit.generation import sample_to_dict
+    from crystallm_kit.scores.funnel import funnel
+    from crystallm_kit.screen import SHOWN, console, funnel_table, samples_table
+
+    counts = funnel(samples)
+    if options.json:
+        _print_json({**facts, "funnel": counts.as_dict(), "samples": [sample_to_dict(s) for s in samples]})
+        return
+    screen = console()
+    print()
+    screen.print(samples_table(samples, names=names))
+    if len(samples) > SHOWN:
+        print(f"... and {len(samples) - SHOWN:,} more")
+    print()
+    screen.print(funnel_table(counts))
+
+
+def _notes(options: argparse.Namespace) -> Any:
+    """Return where notes go: with --json, standard output is for the document alone."""
+    return sys.stderr if options.json else sys.stdout
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    print(json.dumps(data, ensure_ascii=False, indent=2))
+
+
+def _print_lines(lines: Iterator[str], out: Path | None) -> None:
+    if out is None:
+        for line in lines:
+            print(line)
+        return
+    with out.open("w", encoding="utf-8") as file:
+        file.writelines(line + "\n" for line in lines)
