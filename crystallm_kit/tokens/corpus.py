@@ -2,6 +2,7 @@
 
     report = prepare(["mp.parquet", "more/"], CorpusRecipe(seed=1), "corpus/")
     corpus/  manifest.json  train-00000.parquet ...  validation-00000.parquet ...  corpus.npz  dropped.jsonl
+             and, where the recipe asks for them, substituted-00000.parquet ... (substitutes.py)
 
 A row of a shard is one crystal: its texts and the parts of its prompts as token ids (encoding.py). Epochs are
 drawn from them (drawing.py): `corpus.npz` holds the same as flat arrays for training, and `load_corpus` gives
@@ -24,7 +25,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
@@ -51,6 +52,7 @@ from crystallm_kit.tokens.parts import (
     write_text,
 )
 from crystallm_kit.tokens.splits import SPLITS, Row, SharedCompositions, SplitIndex, shared_compositions
+from crystallm_kit.tokens.substitutes import SUBSTITUTED, add_substitutes
 
 if TYPE_CHECKING:
     import datasets
@@ -76,6 +78,8 @@ class CorpusRecipe:
         shared_compositions: What happens to training crystals whose composition is in a given validation or
             test set: drop, keep, or refuse.
         other_description_probability: How often an epoch takes another text than the canonical one.
+        substitutes: Crystals tried to make from each training crystal by replacing elements; 0: none.
+        substituted_epochs: Epochs, from the first, in which substitutes take part; later ones have real crystals only.
         part_entries: Entries that are encoded, and lost by a kill, together.
         shard_rows: Rows of a shard.
         arrays_up_to: `corpus.npz` is written for at most this many crystals; it is made in memory.
@@ -89,6 +93,8 @@ class CorpusRecipe:
     test_fraction: float = 0.0
     shared_compositions: SharedCompositions = "drop"
     other_description_probability: float = 0.5
+    substitutes: int = 0
+    substituted_epochs: int = 0
     part_entries: int = 512
     shard_rows: int = 50_000
     arrays_up_to: int = 500_000
@@ -229,6 +235,13 @@ def prepare(
         "seed": recipe.seed,
         "versions": {name: version(name) for name in ("moyopy", "numpy", "pyarrow", "pymatgen")},
     }
+    if recipe.substitutes:
+        n_rows[SUBSTITUTED] = add_substitutes(
+            out, recipe.encoding, n_per_crystal=recipe.substitutes, seed=recipe.seed, max_tokens=recipe.max_tokens,
+            workers=workers,
+        )  # fmt: skip
+        report_ = replace(report_, n_rows=n_rows)
+        manifest["report"] = asdict(report_)
     write_text(out / f".{MANIFEST}", json.dumps(manifest, indent=2, sort_keys=True) + "\n")
     if sum(n_rows.values()) <= recipe.arrays_up_to:
         export_arrays(out, out / ARRAYS, manifest=manifest)
@@ -326,8 +339,10 @@ def export_arrays(folder: str | Path, path: str | Path, *, manifest: Mapping[str
     recipe = from_dict(manifest["recipe"], CorpusRecipe, where=f"{folder}: {MANIFEST}")
     info = from_dict(manifest["info"], StoredInfo, where=f"{folder}: {MANIFEST}")
     pairs = [
-        tuple(_sequences(folder, split, column) for column in ("texts", "prompts")) for split in SPLITS[:2]
+        tuple(_sequences(folder, split, column) for column in ("texts", "prompts"))
+        for split in (("train", SUBSTITUTED), ("validation",))
     ]
+    substituted = (pq.read_metadata(shard).num_rows for shard in shards_of(folder, SUBSTITUTED))
     write_stored(
         path,
         (pairs[0][0], pairs[0][1]),
@@ -336,6 +351,8 @@ def export_arrays(folder: str | Path, path: str | Path, *, manifest: Mapping[str
         seed=recipe.seed,
         dropping=recipe.encoding.dropping,
         other_description_probability=recipe.other_description_probability,
+        n_substituted=sum(substituted),
+        substituted_epochs=recipe.substituted_epochs,
     )
 
 
@@ -563,9 +580,9 @@ def _write_shards(
     return {split: writer.n_rows for split, writer in writers.items()}
 
 
-def _sequences(folder: str | Path, split: str, column: str) -> Sequences:
-    """Return the texts or prompts of a split as flat arrays."""
-    shards = shards_of(folder, split)
+def _sequences(folder: str | Path, splits: Sequence[str], column: str) -> Sequences:
+    """Return the texts or prompts of splits, one after the other, as flat arrays."""
+    shards = [shard for split in splits for shard in shards_of(folder, split)]
     names = [column, *(["prompt_kinds"] if column == "prompts" else [])]
     table = (
         pa.concat_tables([pq.read_table(shard, columns=names) for shard in shards])

@@ -146,6 +146,18 @@ class Sequences(NamedTuple):
             else np.zeros(len(flat), dtype=np.uint8),
         )
 
+    def first(self, n: int | None) -> "Sequences":
+        """Return the sequences of the first n crystals; None: of all."""
+        if n is None or n == self.n_crystals:
+            return self
+        last = int(self.starts[n])
+        return Sequences(
+            self.tokens[: self.offsets[last]],
+            self.offsets[: last + 1],
+            self.starts[: n + 1],
+            self.kinds[:last],
+        )
+
     @property
     def n_crystals(self) -> int:
         """Number of crystals."""
@@ -249,6 +261,8 @@ class StoredCorpus:
             self.info = StoredInfo(**{**info, "vocabulary": VocabularyInfo(**info["vocabulary"])})
             self.dropping = ConditionDropping(**stored["dropping"])
             self.other_description_probability = float(stored["other_description_probability"])
+            self.n_substituted = int(stored.get("n_substituted", 0))
+            self.substituted_epochs = int(stored.get("substituted_epochs", 0))
             self.seed = int(stored["seed"]) if seed is None else seed
             self._splits = {
                 split: (_unpacked(arrays, f"{split}_texts"), _unpacked(arrays, f"{split}_prompts"))
@@ -264,19 +278,25 @@ class StoredCorpus:
 
     @property
     def n_crystals(self) -> int:
-        """Training crystals, which is the number of examples of an epoch."""
-        return self._splits["train"][0].n_crystals
+        """Training crystals, which is the number of examples of an epoch without substitutes."""
+        return self._splits["train"][0].n_crystals - self.n_substituted
 
     def examples(self, epoch: int) -> Examples:
-        """Return the training examples of an epoch (0, 1, ...); the same at every call."""
-        return self._draw("train", epoch, self.other_description_probability)
+        """Return the training examples of an epoch (0, 1, ...); the same at every call.
+
+        The first `substituted_epochs` hold the corpus's substitutes too, behind its crystals.
+        """
+        n = None if epoch < self.substituted_epochs else self.n_crystals
+        return self._draw("train", epoch, self.other_description_probability, n)
 
     def validation(self) -> Examples:
         """Return the validation examples: the canonical text of each crystal after conditions drawn once."""
         return self._draw("validation", VALIDATION_EPOCH, 0.0)
 
-    def _draw(self, split: str, epoch: int, other_description_probability: float) -> Examples:
-        texts, prompts = self._splits[split]
+    def _draw(
+        self, split: str, epoch: int, other_description_probability: float, n: int | None = None
+    ) -> Examples:
+        texts, prompts = (sequences.first(n) for sequences in self._splits[split])
         return draw_examples(
             texts,
             prompts,
@@ -295,13 +315,20 @@ def write_stored(
     seed: int,
     dropping: ConditionDropping,
     other_description_probability: float,
+    n_substituted: int = 0,
+    substituted_epochs: int = 0,
 ) -> None:
-    """Write (texts, prompts) of both splits as the .npz file that StoredCorpus reads."""
+    """Write (texts, prompts) of both splits as the .npz file that StoredCorpus reads.
+
+    The last `n_substituted` training crystals are substitutes, which take part in `substituted_epochs` epochs.
+    """
     stored = {
         "info": recipe_to_dict(info),
         "seed": seed,
         "dropping": recipe_to_dict(dropping),
         "other_description_probability": other_description_probability,
+        "n_substituted": n_substituted,
+        "substituted_epochs": substituted_epochs,
     }
     dtype = np.uint16 if info.vocabulary.size <= 65_536 else np.int32
     arrays: dict[str, np.ndarray] = {"stored": np.array(json.dumps(stored))}
