@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from crystallm_kit.errors import RecipeError
 from crystallm_kit.models.training_recipe import TrainingRecipe
 from crystallm_kit.recipes import from_dict, load_recipe, recipe_to_dict
+from crystallm_kit.tokens.corpus import CorpusRecipe
 
 ROOT = Path(__file__).parents[1]
-# Folder of recipes -> what they are.
-SHIPPED = {"finetune": TrainingRecipe}
+# Pattern of recipes -> what they are.
+SHIPPED = {"finetune/llama-*.yaml": TrainingRecipe, "finetune/corpus-*.yaml": CorpusRecipe}
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,20 @@ def refusal(path: Path, *overrides: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "path",
-    [p for folder in SHIPPED for p in sorted((ROOT / folder).glob("*.yaml"))],
-    ids=lambda p: f"{p.parent.name}/{p.name}",
+    ("path", "kind"),
+    [(p, kind) for pattern, kind in SHIPPED.items() for p in sorted(ROOT.glob(pattern))],
+    ids=lambda value: value.name if isinstance(value, Path) else value.__name__,
 )
-def test_every_shipped_recipe_loads_and_sets_its_seed(path):
-    loaded = load_recipe(path, SHIPPED[path.parent.name])
+def test_every_shipped_recipe_loads_and_sets_its_seed(path, kind):
+    loaded = load_recipe(path, kind)
     assert "seed" in yaml.safe_load(path.read_text())
     assert from_dict(recipe_to_dict(loaded), type(loaded)) == loaded
 
 
 def test_there_are_shipped_recipes_to_load():
-    for folder in SHIPPED:
-        assert list((ROOT / folder).glob("*.yaml")), folder
+    found = {path for pattern in SHIPPED for path in ROOT.glob(pattern)}
+    assert found
+    assert found == {path for path in (ROOT / "finetune").glob("*.yaml") if "accelerate" not in path.name}
 
 
 def test_every_key_of_a_shipped_recipe_has_a_comment():
