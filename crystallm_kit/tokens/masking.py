@@ -42,11 +42,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from crystallm_kit.errors import ImpossibleRequest, UnknownName
+from crystallm_kit.errors import ImpossibleRequest
 from crystallm_kit.records import Conditions
 from crystallm_kit.structures.elements import ELEMENTS, RANK
 from crystallm_kit.structures.symmetry import FREE_LATTICE, LETTERS, crystal_system
 from crystallm_kit.text import wyckoff as format_
+from crystallm_kit.text.conditions import anonymous_counts, check_conditions
 
 MAX_ELEMENTS = 10  # different elements in one composition
 MAX_SITES = 64  # atoms in the primitive cell, unless a request says otherwise
@@ -56,6 +57,7 @@ _CENTERING = {"P": 1, "A": 2, "C": 2, "I": 2, "F": 4, "R": 3}
 # Every cubic space group has one of these as a subgroup with the same primitive cell, so what they cannot hold, no
 # cubic group can. In every other crystal system a group with a free letter of multiplicity 1 holds anything.
 _CUBIC_WITNESSES = (195, 196, 197, 198, 199)
+_MAX_ORDERS = 2_520  # of the counts of an anonymous formula; seven elements, two of one count
 
 HEADER_ELEMENT, HEADER_COUNT, SITE_ELEMENT, SITE_LETTER, LATTICE_INTEGER, LATTICE_PAIR, COORDINATE, COORDINATE_PAIR, \
     ENDING, DONE = range(10)  # fmt: skip
@@ -134,12 +136,12 @@ def _tables() -> _Tables:
                 # Used u, then v more: n atoms are sum(v) orbits on fixed letters and the most there can be on free ones.
                 parts = np.where(placed, with_vector[i] + sum(v), -1)  # (N,)
                 enough[s] |= (parts[:, None] >= np.arange(MAX_ELEMENTS + 1)).astype(np.int64) << j
-        for g in np.flatnonzero(signature == s):
-            for index in np.flatnonzero(is_fixed[g]):
-                one = tuple(int(m == multiplicity[g, index]) for m, _ in fixed)
+        for row in np.flatnonzero(signature == s).tolist():
+            for index in np.flatnonzero(is_fixed[row]).tolist():
+                one = tuple(int(m == multiplicity[row, index]) for m, _ in fixed)
                 for i, v in enumerate(vectors):
                     rest = tuple(a - b for a, b in zip(v, one, strict=True))
-                    left_after[g, index, i] = position.get(rest, size)
+                    left_after[row, index, i] = position.get(rest, size)
     kinds = {"monoclinic": (0, 0, 0, 4), "triclinic": (0, 0, 0, 1, 2, 3)}
     lattice_kind = np.zeros((230, 6), dtype=np.int64)
     n_lattice = np.zeros(230, dtype=np.int64)
@@ -195,45 +197,36 @@ def compile_request(
         max_sites: Most atoms in the primitive cell where the conditions leave it open.
 
     Raises:
-        UnknownName: An element that is none.
+        UnknownName: An element or crystal system that is none.
         ImpossibleRequest: If no crystal can meet the conditions.
     """
+    check_conditions(conditions)
     wanted = set(conditions.elements) | set(conditions.formula or ())
-    for symbol in sorted(wanted):
-        if symbol not in RANK:
-            raise UnknownName.among("element", symbol, ELEMENTS)
-    only = conditions.only_elements or conditions.formula is not None
+    only = bool(conditions.only_elements and conditions.elements) or conditions.formula is not None
     elements = wanted if only else wanted | set(known_elements)
     required = tuple(sorted(RANK[e] for e in wanted))
-    n_elements = conditions.n_elements or (len(required) if only else 0)
     pattern = _pattern(conditions)
-    if pattern is not None:
-        if n_elements and n_elements != len(pattern):
-            raise ImpossibleRequest(f"{n_elements} elements asked for, but the formula has {len(pattern)}")
-        n_elements = len(pattern)
-    if n_elements > MAX_ELEMENTS or len(required) > MAX_ELEMENTS:
-        raise ImpossibleRequest(
-            f"{max(n_elements, len(required))} elements asked for; at most {MAX_ELEMENTS}"
-        )
-    if n_elements and len(required) > n_elements:
-        raise ImpossibleRequest(f"{len(required)} elements must occur, but only {n_elements} may")
-    if n_elements > len(elements):
-        raise ImpossibleRequest(f"{n_elements} elements asked for, but only {len(elements)} may occur")
+    n_elements = len(pattern or ()) or conditions.n_elements or (len(required) if only else 0)
+    n_least = max(n_elements, len(required), 1)
+    if n_least > MAX_ELEMENTS:
+        raise ImpossibleRequest(f"{n_least} elements asked for; at most {MAX_ELEMENTS}")
+    if n_least > len(elements):
+        raise ImpossibleRequest(f"{n_least} elements asked for, but only {len(elements)} may occur")
+    smallest = sum(pattern) if pattern is not None else n_least
     n_sites = conditions.n_sites or 0
-    smallest = sum(pattern) if pattern is not None else max(n_elements, len(required), 1)
     if n_sites and n_sites < smallest:
-        raise ImpossibleRequest(f"{n_sites} sites cannot hold {smallest} atoms of the formula")
+        raise ImpossibleRequest(f"{n_sites} sites cannot hold {smallest} atoms of {n_least} elements")
     groups = _groups(conditions)
-    limit = max(max_sites, n_sites, smallest if pattern is not None else 0)
+    limit = max(max_sites, n_sites, smallest)
     if limit >= N_COUNTS:
         raise ImpossibleRequest(f"{limit} sites asked for; at most {N_COUNTS - 1} in a primitive cell")
     plans: tuple[tuple[int, ...], ...] = ()
     if pattern is not None:
         plans = _plans(pattern, conditions, n_sites, limit, groups)
-    elif groups and n_sites and not _can_fill(groups, n_sites, max(n_elements, len(required), 1)):
+    elif groups and not _can_fill(groups, n_sites, limit, n_least):
         raise ImpossibleRequest(
-            f"{n_sites} sites in {_names(groups)}: no assignment of Wyckoff positions adds up"
-            + (f" with {n_elements} elements" if n_elements else "")
+            f"{n_sites or f'at most {limit}'} sites in {_names(groups)} with {n_least} elements"
+            f"{'' if n_elements else ' or more'}: no assignment of Wyckoff positions adds up"
         )
     return Request(
         tuple(sorted(RANK[e] for e in elements)), required, n_elements, n_sites, plans, groups, limit
@@ -241,34 +234,22 @@ def compile_request(
 
 
 def _pattern(conditions: Conditions) -> tuple[int, ...] | None:
-    """Return the counts per formula unit, in element order for a formula, in any order for an anonymous one."""
+    """Return the smallest counts, in element order for a formula, in increasing order for an anonymous one."""
     if conditions.formula is not None:
-        if not conditions.formula or min(conditions.formula.values()) < 1:
-            raise ImpossibleRequest(f"formula {dict(conditions.formula)}: counts of 1 or more expected")
         counts = [conditions.formula[e] for e in sorted(conditions.formula, key=RANK.__getitem__)]
-        if conditions.n_sites is not None and sum(counts) == conditions.n_sites:
-            return tuple(counts)
-        return tuple(c // math.gcd(*counts) for c in counts)
-    if conditions.anonymous_formula is not None:
-        from pymatgen.core import Composition
-
-        return tuple(sorted(int(v) for v in Composition(conditions.anonymous_formula).values()))
-    return None
+    elif conditions.anonymous_formula is not None:
+        counts = sorted(anonymous_counts(conditions.anonymous_formula))
+    else:
+        return None
+    return tuple(c // math.gcd(*counts) for c in counts)
 
 
 def _groups(conditions: Conditions) -> tuple[int, ...]:
-    number, system = conditions.spacegroup_number, conditions.crystal_system
-    if number is not None:
-        if not 1 <= number <= 230:
-            raise ImpossibleRequest(f"space group {number}: 1 to 230 expected")
-        if system is not None and crystal_system(number) != system:
-            raise ImpossibleRequest(f"space group {number} is {crystal_system(number)}, not {system}")
-        return (number,)
-    if system is None:
+    if conditions.spacegroup_number is not None:
+        return (conditions.spacegroup_number,)
+    if conditions.crystal_system is None:
         return ()
-    if system not in FREE_LATTICE:
-        raise UnknownName.among("crystal system", system, FREE_LATTICE)
-    return tuple(n for n in range(1, 231) if crystal_system(n) == system)
+    return tuple(n for n in range(1, 231) if crystal_system(n) == conditions.crystal_system)
 
 
 def _names(groups: Sequence[int]) -> str:
@@ -279,24 +260,38 @@ def _plans(
     pattern: tuple[int, ...], conditions: Conditions, n_sites: int, limit: int, groups: tuple[int, ...]
 ) -> tuple[tuple[int, ...], ...]:
     unit = sum(pattern)
-    if n_sites and n_sites % unit:
-        raise ImpossibleRequest(f"{n_sites} sites are no multiple of the {unit} atoms of the formula")
     sizes = [n_sites // unit] if n_sites else list(range(1, limit // unit + 1))
-    orders = [pattern] if conditions.formula is not None else sorted(set(itertools.permutations(pattern)))
-    plans = [tuple(z * c for c in order) for z in sizes for order in orders if max(order) * z < N_COUNTS]
-    if groups:
-        plans = [
-            p
-            for p in plans
-            if any(can_hold(g, p) for g in (groups if len(groups) == 1 else _witnesses(groups)))
-        ]
-    if not plans:
+    tried = (groups if len(groups) == 1 else _witnesses(groups)) if groups else (1,)
+    sizes = [
+        z
+        for z in sizes
+        if max(pattern) * z < N_COUNTS and any(can_hold(g, [z * c for c in pattern]) for g in tried)
+    ]
+    if not sizes:
         names = "".join(f"{s}{n if n > 1 else ''}" for s, n in (conditions.formula or {}).items())
         raise ImpossibleRequest(
-            f"{names or conditions.anonymous_formula} in {_names(groups)} with "
-            f"{f'{n_sites} sites' if n_sites else f'at most {limit} sites'}: no assignment of Wyckoff positions adds up"
+            f"{names or conditions.anonymous_formula} in {_names(groups) if groups else 'any space group'} with "
+            f"{f'{n_sites} sites' if n_sites else f'at most {limit} sites'}: "
+            "no assignment of Wyckoff positions adds up"
         )
-    return tuple(plans)
+    orders = [pattern] if conditions.formula is not None else _orders(pattern)
+    return tuple(tuple(z * c for c in order) for z in sizes for order in orders)
+
+
+def _orders(pattern: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Return the different orders of some counts, increasing. Raises ImpossibleRequest if they are too many."""
+    n_orders = math.factorial(len(pattern))
+    for repeats in Counter(pattern).values():
+        n_orders //= math.factorial(repeats)
+    if n_orders > _MAX_ORDERS:
+        raise ImpossibleRequest(
+            f"{len(pattern)} elements with counts {pattern} can be ordered in {n_orders} ways, more than the "
+            f"{_MAX_ORDERS} that are followed; name the elements with a formula."
+        )
+    orders: set[tuple[int, ...]] = {()}
+    for _ in pattern:
+        orders = {(*o, c) for o in orders for c in set(pattern) if o.count(c) < pattern.count(c)}
+    return sorted(orders)
 
 
 def _witnesses(groups: Sequence[int]) -> tuple[int, ...]:
@@ -320,11 +315,14 @@ def can_hold(spacegroup_number: int, counts: Sequence[int]) -> bool:
     return used > 0
 
 
-def _can_fill(groups: Sequence[int], n_sites: int, n_elements: int) -> bool:
+def _can_fill(groups: Sequence[int], n_sites: int, limit: int, n_elements: int) -> bool:
+    """Tell whether one of the groups holds n_sites atoms (0: any number up to limit) of so many elements or more."""
     t = _tables()
+    counts = [n_sites] if n_sites else range(1, limit + 1)
     return any(
-        t.enough[t.signature[g - 1], n_sites, n_elements] & 1
+        t.enough[t.signature[g - 1], n, n_elements] & 1
         for g in (groups if len(groups) == 1 else _witnesses(groups))
+        for n in counts
     )
 
 
@@ -486,26 +484,31 @@ class WyckoffConstraint:
         following = self.required[rows, self.required_met[rows]]  # next required rank, 103 if none
         is_required = ranks == following[:, None]
         room = torch.where(exact, slots > required_left, self.k[rows] + required_left < MAX_ELEMENTS)
-        later = torch.where(
-            exact, slots - 1, required_left
-        )  # elements that must come after a non-required one
+        # Elements to come from here on, this one counted, if it is a required one and if it is another.
+        needed = slots.clamp(min=1)
+        needed_other = torch.where(exact, needed, required_left + 1)
+        enough_after = self.elements_after[rows] >= (slots - 1)[:, None]
         element = (
             self.elements[rows]
             & (ranks > self.rank[rows, None])
             & (ranks <= following[:, None])
-            & (is_required | (room[:, None] & (self.elements_after[rows] >= later[:, None])))
+            & (enough_after | ~exact[:, None])
         )
-        wanted = self.n_sites[rows]
         more = torch.where(exact, slots > 0, self.k[rows] < MAX_ELEMENTS)
-        more &= torch.where(wanted > 0, self.total[rows] < wanted, self.total[rows] < self.max_sites[rows])
+        wanted = self.n_sites[rows]
+        atoms = torch.where(wanted > 0, wanted, self.max_sites[rows]) - self.total[rows]
+        fits = atoms[:, None] >= torch.stack([needed, needed_other], 1)  # (b, 2)
         tracked = self.is_tracked[rows].nonzero().squeeze(1)
         if len(tracked):
             r = rows[tracked]
-            room = torch.where(wanted > 0, wanted, self.max_sites[rows])[tracked] - self.total[r]
-            more[tracked] &= self._room_for(
-                r, room[:, None], slots[tracked].clamp(min=1)[:, None], self.used[r][:, None]
-            )[:, 0]
-        element &= more[:, None]
+            fits[tracked] &= self._room_for(
+                r,
+                atoms[tracked, None].expand(-1, 2),
+                torch.stack([needed, needed_other], 1)[tracked],
+                self.used[r][:, None].expand(-1, 2, -1),
+            )
+        allowed_other = room & fits[:, 1]
+        element &= more[:, None] & torch.where(is_required, fits[:, :1], allowed_other[:, None])
         closable = (self.k[rows] > 0) & (slots <= 0) & ((wanted == 0) | (self.total[rows] == wanted))
         allowed[rows[:, None], self._ids.element] = element
         group = self.groups[rows] & closable[:, None]
