@@ -94,7 +94,9 @@ class MissingExtra(CrystallmKitError):
     @classmethod
     def of(cls, what: str, package: str, extra: str) -> "MissingExtra":
         """Return the error for `what`, which needs `package` of the optional dependency group `extra`."""
-        return cls(f"{what} needs {package}, which is not installed. Run: pip install 'crystallm-kit[{extra}]'")
+        return cls(
+            f"{what} needs {package}, which is not installed. Run: pip install 'crystallm-kit[{extra}]'"
+        )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -2,8 +2,8 @@
 
     Crystal -> text -> token ids -> model -> Completion -> text -> Crystal -> Verdict, together a Sample
 
-Units, said once: lengths in angstrom, angles in degrees, energies in eV (formation energy and hull distance in
-eV/atom), pressures and moduli in GPa, density in g/cm3; fractional coordinates in [0, 1).
+Units, said once: lengths in angstrom, angles in degrees, energies in eV (formation energy and hull distance
+in eV/atom), pressures and moduli in GPa, density in g/cm3; fractional coordinates in [0, 1).
 
 Not here: anything that reads, writes, or judges; these classes only carry.
 """
@@ -46,7 +46,8 @@ PROPERTIES: dict[str, Property] = {
                  ("e_above_hull", "energy_above_hull", "ehull", "e_hull"), 0.0, 19.99),
         Property("band_gap_ev", "eV", "electronic band gap", ("band_gap", "bandgap", "gap"), 0.0, 19.99),
         Property("density_g_cm3", "g/cm3", "mass density", ("density",), 0.0, 49.99),
-        Property("bulk_modulus_gpa", "GPa", "bulk modulus", ("bulk_modulus", "bulk_modulus_vrh", "k_vrh"), 0.0, 499.99),
+        Property("bulk_modulus_gpa", "GPa", "bulk modulus",
+                 ("bulk_modulus", "bulk_modulus_vrh", "k_vrh"), 0.0, 499.99),
     )
 }  # fmt: skip
 
@@ -58,7 +59,8 @@ class Crystal:
     Attributes:
         id: Where it came from: a database id, or file and entry.
         structure: A pymatgen Structure (periodic, angstrom) or Molecule (not periodic).
-        properties: Named values in the units above; names are those of the source where the kit knows no alias.
+        properties: Named values in the units above; names are those of the source where the kit knows no
+            alias.
     """
 
     id: str
@@ -84,7 +86,8 @@ class Conditions:
     """What is asked of a crystal. Any subset; nothing set means "anything".
 
     Attributes:
-        formula: Element -> count, in the order given. Counts are per formula unit unless `n_sites` is their sum.
+        formula: Element -> count, in the order given. Counts are per formula unit unless `n_sites` is their
+            sum.
         elements: Elements that must occur.
         only_elements: True: nothing but `elements` may occur (a chemical system).
         n_elements: How many different elements (2: a binary).
@@ -119,7 +122,8 @@ class Completion:
         token_ids: Ids of the completion, the end token included where one was produced.
         stop_reason: "stop" (the model ended), "length" (cut), "error".
         log_probability: Natural-log probability of the completion, summed over tokens, under the distribution
-            that the tokens were drawn from before temperature, top-p and top-k; NaN where the engine gives none.
+            that the tokens were drawn from before temperature, top-p and top-k; NaN where the engine gives
+            none.
         seed: Seed of the request that it belongs to.
         index: Position among the completions of that request.
     """
@@ -165,8 +169,8 @@ class Sample:
         log_probability: Of the completion; see Completion.
         seed: Seed of the run.
         model: Name or path of the model.
-        measures: Named numbers measured on the structure: volume_per_atom_angstrom3, nearest_distance_angstrom,
-            density_g_cm3, spacegroup_number.
+        measures: Named numbers measured on the structure: volume_per_atom_angstrom3,
+            nearest_distance_angstrom, density_g_cm3, spacegroup_number.
     """
 
     id: str

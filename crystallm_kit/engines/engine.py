@@ -1,8 +1,8 @@
 """What an engine is, and the table of engines.
 
-An engine turns prompts into completions. There are two kinds. A steerable one shows its logits, so that every token
-is drawn from what the constraint lets through (tokens/masking.py): its samples are well formed by construction. A
-black box is asked, and its answer is checked afterwards.
+An engine turns prompts into completions. There are two kinds. A steerable one shows its logits, so that every
+token is drawn from what the constraint lets through (tokens/masking.py): its samples are well formed by
+construction. A black box is asked, and its answer is checked afterwards.
 
 Contract, tested for every entry of the table:
     one completion for each prompt, in the order of the prompts

@@ -1,8 +1,8 @@
 """Sampling with transformers in this process: batched, with a key-value cache, constrained.
 
-Prompts of one length share a batch. Finished samples leave it, and the cache shrinks with them. Every draw uses a
-number of its own, made from (seed, position of the prompt, position of the token), so results do not depend on
-how prompts fall into batches (up to rounding of the logits).
+Prompts of one length share a batch. Finished samples leave it, and the cache shrinks with them. Every draw
+uses a number of its own, made from (seed, position of the prompt, position of the token), so results do not
+depend on how prompts fall into batches (up to rounding of the logits).
 
 Not here: other engines (engine.py has the table); vLLM, which batches better and serves many users.
 """
@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from crystallm_kit.engines.engine import Prompt, Sampling
-from crystallm_kit.records import Completion
+from crystallm_kit.records import Completion, StopReason
 from crystallm_kit.tokens.masking import WyckoffConstraint
 from crystallm_kit.tokens.tokenizer import encode_strict
 
-# The batch is cut down to its unfinished rows when that saves this share of it. Copying the cache has a price.
+# The batch is cut down to its unfinished rows when that saves this share of it. Copying the cache has a
+# price.
 _WORTH_SHRINKING = 0.15
 
 
@@ -106,7 +107,9 @@ class TransformersEngine:
             logits_BV = output.logits[:, -1].float()
             if constraint is not None:
                 logits_BV = logits_BV.masked_fill(~constraint.mask(), -torch.inf)
-            token_B = _draw(logits_BV, sampling, draws_BT[active, t], self._temperatures(constraint, sampling))
+            token_B = _draw(
+                logits_BV, sampling, draws_BT[active, t], self._temperatures(constraint, sampling)
+            )
             forced_B = given_BT[active, t]
             token_B = torch.where(forced_B >= 0, forced_B, token_B)
             chosen = torch.log_softmax(logits_BV, -1).gather(1, token_B[:, None]).squeeze(1)
@@ -131,7 +134,7 @@ class TransformersEngine:
         for b, row in enumerate(rows):
             ids = tuple(tokens_BT[b, : int(length_B[b])].tolist())
             text = self.tokenizer.decode(ids, skip_special_tokens=False)
-            stop = "stop" if bool(ended_B[b]) else "length"
+            stop: StopReason = "stop" if bool(ended_B[b]) else "length"
             yield Completion(
                 prompts[row].text,
                 text,
@@ -139,7 +142,7 @@ class TransformersEngine:
                 stop,
                 float(log_probability_B[b]),
                 sampling.seed,
-                row,  # type: ignore[arg-type]
+                row,
             )
 
     def _constraint(self, prompts: Sequence[Prompt]) -> WyckoffConstraint | None:
@@ -166,7 +169,7 @@ def _draw(
     # Dividing by almost nothing leaves the most likely token alone.
     probability = torch.softmax(logits_BV.double() / temperature_B.clamp(min=1e-6)[:, None], -1)
     if sampling.top_k or sampling.top_p < 1:
-        ordered, index = probability.sort(-1, descending=True, stable=True)
+        ordered, index = probability.sort(stable=True, dim=-1, descending=True)
         if sampling.top_k:
             ordered[:, sampling.top_k :] = 0
         if sampling.top_p < 1:

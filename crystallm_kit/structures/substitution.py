@@ -1,15 +1,16 @@
 """New crystals from known ones by replacing elements: same prototype, alike elements, volume to fit.
 
-Crystals of one structure type differ by elements that behave alike (Hautier et al. 2011, doi:10.1021/ic102031h), which is
-what template methods live on. Here the likeness is counted in the data themselves: two elements are alike as
-often as they stand in for each other, all else equal (same space group, same other elements, same counts):
+Crystals of one structure type differ by elements that behave alike (Hautier et al. 2011,
+doi:10.1021/ic102031h), which is what template methods live on. Here the likeness is counted in the data
+themselves: two elements are alike as often as they stand in for each other, all else equal (same space group,
+same other elements, same counts):
 
     NaCl 225, KCl 225, NaBr 225 ...   ->   Na ~ K, Cl ~ Br   ->   from KBr 225: RbBr, NaBr, KCl, KI ...
 
 The new cell is the old one, scaled so that its volume follows the mean atomic volumes of the data.
 
-Not here: equivalent views of one crystal (augmentation.py). A substituted crystal is a guess: no property of the
-original is carried over.
+Not here: equivalent views of one crystal (augmentation.py). A substituted crystal is a guess: no property of
+the original is carried over.
 """
 
 from collections import Counter, defaultdict
@@ -43,7 +44,7 @@ class SubstitutionTable:
     def candidates(
         self, atomic_number: int, taken: Sequence[int]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """Return elements that may stand in for one, and their probabilities; those in `taken` are left out."""
+        """Return elements that may stand in for one, with probabilities; those in `taken` are left out."""
         weights = self.counts[atomic_number].copy()
         weights[list(taken)] = 0.0
         found = np.flatnonzero(weights)
@@ -89,7 +90,7 @@ def learn_substitutions(crystals: Iterable[SymmetricCrystal]) -> SubstitutionTab
     for (z, other), weight in together.items():
         counts_array[z, other] = weight
     matrix = np.array(rows)
-    seen = matrix.any(0)
+    seen: npt.NDArray[np.bool_] = np.any(matrix, axis=0)
     counts_array[np.ix_(seen, seen)] += _SMOOTHING * _same_column(seen)
     solution = np.full(MAX_ATOMIC_NUMBER + 1, float(np.mean(volumes)))
     fitted, *_ = np.linalg.lstsq(matrix[:, seen], np.array(volumes), rcond=None)
@@ -102,7 +103,8 @@ def _same_column(seen: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
     from pymatgen.core import Element
 
     columns = np.array([Element.from_Z(int(z)).group for z in np.flatnonzero(seen)])
-    return (columns[:, None] == columns[None, :]).astype(float) - np.eye(len(columns))
+    alike: npt.NDArray[np.float64] = (columns[:, None] == columns[None, :]).astype(float)
+    return alike - np.eye(len(columns))
 
 
 def substitute(

@@ -1,24 +1,26 @@
 """Space groups, Wyckoff sites, and a crystal as its symmetry-distinct content.
 
-`SymmetricCrystal` is a crystal reduced to what symmetry leaves free: the space group, the free lattice parameters
-and, for each orbit, the element, the Wyckoff letter and the free coordinates of one representative. Rock salt is
+`SymmetricCrystal` is a crystal reduced to what symmetry leaves free: the space group, the free lattice
+parameters and, for each orbit, the element, the Wyckoff letter and the free coordinates of one
+representative. Rock salt is
 
     SymmetricCrystal(spacegroup_number=225, lattice=(5.64,), sites=((Na, "a", ()), (Cl, "b", ())))
 
-Setting: the standard one of the International Tables for Crystallography, Vol. A (unique axis b and cell choice 1,
-hexagonal axes for rhombohedral groups, origin choice 2), as moyo's `Setting.standard()`. Letters and representative
-coordinates stand in wyckoff_positions.json ("8f 1/4,y,1/4": 8 atoms in the conventional cell); every entry's orbit
-under moyo's operations has the stated size, which a test checks.
+Setting: the standard one of the International Tables for Crystallography, Vol. A (unique axis b and cell
+choice 1, hexagonal axes for rhombohedral groups, origin choice 2), as moyo's `Setting.standard()`. Letters
+and representative coordinates stand in wyckoff_positions.json ("8f 1/4,y,1/4": 8 atoms in the conventional
+cell); every entry's orbit under moyo's operations has the stated size, which a test checks.
 
-One crystal has many such descriptions: every coset of the Euclidean normalizer of its group shifts the origin or
-relabels the axes and gives another one. `descriptions` lists them, `canonical` picks one, always the same.
+One crystal has many such descriptions: every coset of the Euclidean normalizer of its group shifts the origin
+or relabels the axes and gives another one. `descriptions` lists them, `canonical` picks one, always the same.
 Handedness is kept: only proper rotations are used (a group with improper operations loses nothing by that).
 
-Traps: moyo wants `angle_tolerance` in radians, spglib in degrees; moyo's dataset letters belong to the input cell's
-sites; the standardized cell is refined to the detected symmetry, so special positions are exact.
+Traps: moyo wants `angle_tolerance` in radians, spglib in degrees; moyo's dataset letters belong to the input
+cell's sites; the standardized cell is refined to the detected symmetry, so special positions are exact.
 
 Not here: the text of a crystal (text/wyckoff.py); which letters a composition allows (tokens/masking.py).
-Sources: ITA Vol. A (2016) 1.5 (normalizers) and 2.1.3 (Wyckoff positions); Shinohara, moyo (spglib.github.io/moyo).
+Sources: ITA Vol. A (2016) 1.5 (normalizers) and 2.1.3 (Wyckoff positions); Shinohara, moyo
+(spglib.github.io/moyo).
 """
 
 import itertools
@@ -120,7 +122,7 @@ class Site:
 
 @dataclass(frozen=True)
 class SymmetricCrystal:
-    """A crystal as its space group, free lattice parameters (angstrom, degree) and symmetry-distinct sites."""
+    """A crystal as space group, free lattice parameters (angstrom, degree) and symmetry-distinct sites."""
 
     spacegroup_number: int
     lattice: tuple[float, ...]
@@ -142,8 +144,12 @@ class SymmetricCrystal:
 class CosetMaps:
     """What the cosets of the proper Euclidean normalizer do to sites, in conventional coordinates.
 
-    A site p of letter l is, after coset q with the origin moved by o, a site of letter letters[q, l], and each row k of
-    matrix[l][q, k] @ p + offset[l][q, k] - origin[l][q] @ o   are free coordinates of one of its representatives.
+    A site p of letter l is, after coset q with the origin moved by o, a site of letter letters[q, l], and
+    each row k of
+
+        matrix[l][q, k] @ p + offset[l][q, k] - origin[l][q] @ o
+
+    are free coordinates of one of its representatives.
 
     Attributes:
         linear: (Q, 3, 3).
@@ -163,7 +169,10 @@ class CosetMaps:
 
 
 class SpaceGroup:
-    """A space group in its standard setting, with its Wyckoff positions and normalizer. Get one by `space_group`."""
+    """A space group in its standard setting, with its Wyckoff positions and normalizer.
+
+    Get one by `space_group`.
+    """
 
     def __init__(self, number: int) -> None:
         from moyopy import Setting, SpaceGroupType, operations_from_number
@@ -202,8 +211,8 @@ class SpaceGroup:
     def normalizer(self) -> list[tuple[IntArray, FloatArray, str]]:
         """Cosets of the proper Euclidean normalizer: (linear (3, 3), shift (3,), letters).
 
-        `letters[i]` is what the group's i-th letter becomes. Free (polar) shifts are left out; the first is the
-        identity. Axis relabellings that hold for a group's type are in it whatever the crystal's metric.
+        `letters[i]` is what the group's i-th letter becomes. Free (polar) shifts are left out; the first is
+        the identity. Axis relabellings that hold for a group's type are in it whatever the crystal's metric.
         """
         names = np.array([p.letter for p in self.positions])
         return [
@@ -285,9 +294,9 @@ class SpaceGroup:
             tolerance: Largest deviation (fractional) from the form that counts as on it.
 
         Returns:
-            free (N, G, 3) integers in [0, 10000), zero where there is no such free coordinate; fits (N, G): on the
-            form, and no farther from it than the nearest of the G points, so that a point near a higher symmetry
-            is not taken for one on it.
+            free (N, G, 3) integers in [0, 10000), zero where there is no such free coordinate; fits (N, G):
+            on the form, and no farther from it than the nearest of the G points, so that a point near a
+            higher symmetry is not taken for one on it.
         """
         matrix, offset, axis, sign, n_free = (a[letter_index][:, None] for a in self.padded_forms)
         is_free = np.arange(3) < n_free[..., None]  # (N, 1, 3)
@@ -331,7 +340,9 @@ class SpaceGroup:
     def _image_letter(
         self, position: WyckoffPosition, points: FloatArray
     ) -> tuple[IntArray, npt.NDArray[np.bool_]]:
-        """Return (Q,) the letter whose form holds some of points (Q, G, 3), and (Q, G) which of them it holds."""
+        """Return (Q,) the letter whose form holds some of points (Q, G, 3), and (Q, G) which of them it
+        holds.
+        """
         letter = np.full(len(points), -1, dtype=np.int64)
         fits = np.zeros(points.shape[:2], dtype=bool)
         for index, other in enumerate(self.positions):
@@ -351,7 +362,8 @@ class SpaceGroup:
     def _cosets(self) -> list[tuple[IntArray, FloatArray]]:
         linear_parts = _proper_linear_parts(self.crystal_system)
         step = 12 if self.crystal_system in ("trigonal", "hexagonal") else 8
-        # Origins at eighths (twelfths on hexagonal axes) hold every discrete normalizer shift of ITA table 3.5.2.
+        # Origins at eighths (twelfths on hexagonal axes) hold every discrete normalizer shift of ITA table
+        # 3.5.2.
         axes = [[0.0] if polar else [i / step for i in range(step)] for polar in self.polar_axes]
         grid = np.array(list(itertools.product(*axes)))  # (S, 3)
         generators = _generators(self.rotations, self.translations)
@@ -402,7 +414,7 @@ _GENERIC = np.array([0.1234, 0.2781, 0.4117])
 
 
 def _grid_code(points: FloatArray, steps: int) -> IntArray:
-    """Return (...) one integer for each point (..., 3) modulo 1, the same for points that agree to 1 / steps."""
+    """Return (...) one integer for each point (..., 3) modulo 1, the same for points equal to 1 / steps."""
     steps_of = np.rint(points * steps).astype(np.int64) % steps
     return np.asarray((steps_of[..., 0] * steps + steps_of[..., 1]) * steps + steps_of[..., 2])
 
@@ -440,7 +452,9 @@ def _proper_linear_parts(system: str) -> list[IntArray]:
 
 
 def _generators(rotations: IntArray, translations: FloatArray) -> list[int]:
-    """Return indices of operations that generate the point group, greedily, and of the centering translations."""
+    """Return indices of operations that generate the point group, greedily, and of the centering
+    translations.
+    """
     size = len({r.tobytes() for r in rotations})
     group = {np.eye(3, dtype=np.int64).tobytes()}
     chosen: list[int] = [
@@ -491,7 +505,10 @@ def dataset(structure: Structure, symprec_angstrom: float = SYMPREC_ANGSTROM) ->
 
 
 def spacegroup_number(structure: Structure, symprec_angstrom: float = SYMPREC_ANGSTROM) -> int:
-    """Return the space group number of a structure at a distance tolerance in angstrom. Raises EncodeError."""
+    """Return the space group number of a structure at a distance tolerance in angstrom.
+
+    Raises EncodeError.
+    """
     return int(dataset(structure, symprec_angstrom).number)
 
 
@@ -557,7 +574,7 @@ def _largest_shift(structure: Structure, found: Any) -> float:
 def _representatives(
     group: SpaceGroup, points: FloatArray, letters: Sequence[str]
 ) -> list[tuple[float, ...]]:
-    """Return the free coordinates (grid of 1e-4, lexicographically smallest) of the orbits of points (N, 3)."""
+    """Return the free coordinates (grid of 1e-4, lexicographically first) of the orbits of points (N, 3)."""
     index = np.array([LETTERS.index(letter) for letter in letters])
     orbit = np.einsum("gij,nj->ngi", group.rotations, points) + group.translations
     free, fits = group.free_coordinates(orbit, index)
@@ -571,12 +588,13 @@ def _representatives(
 
 
 def descriptions(crystal: SymmetricCrystal, element_order: Sequence[int]) -> list[SymmetricCrystal]:
-    """Return every description of a crystal that the Euclidean normalizer of its group gives, the canonical one first.
+    """Return every description of a crystal that the Euclidean normalizer of its group gives, the canonical
+    one first.
 
-    Sites are ordered by `element_order` (atomic numbers), then letter, then free coordinates. In polar groups the
-    origin is put on each candidate anchor in turn: the sites of the first element with its first letter. Canonical is
-    the smallest by (elements and letters of all sites, then free coordinates of all sites): a prototype is written
-    with the same letters whatever its elements and its metric.
+    Sites are ordered by `element_order` (atomic numbers), then letter, then free coordinates. In polar groups
+    the origin is put on each candidate anchor in turn: the sites of the first element with its first letter.
+    Canonical is the smallest by (elements and letters of all sites, then free coordinates of all sites): a
+    prototype is written with the same letters whatever its elements and its metric.
     """
     return [_described(crystal, element_order, *key) for key in _sorted_keys(crystal, element_order)]
 
@@ -593,7 +611,9 @@ _Key = tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]
 def _sorted_keys(
     crystal: SymmetricCrystal, element_order: Sequence[int], *, only_first: bool = False
 ) -> list[_Key]:
-    """Return (skeleton, codes, free lattice) of each description: rank * 32 + letter and coordinates of its sites."""
+    """Return (skeleton, codes, free lattice) of each description: rank * 32 + letter and coordinates of its
+    sites.
+    """
     group = space_group(crystal.spacegroup_number)
     maps = group.coset_maps
     rank = {z: i for i, z in enumerate(element_order)}
@@ -641,7 +661,9 @@ def _described(
 def _codes(
     crystal: SymmetricCrystal, group: SpaceGroup, site_letters: IntArray, coset: IntArray, origin: FloatArray
 ) -> IntArray:
-    """Return (W, N) the smallest free coordinates, as integers, of each site in coset (W,) about origin (W, 3)."""
+    """Return (W, N) the smallest free coordinates, as integers, of each site in coset (W,) about origin (W,
+    3).
+    """
     maps = group.coset_maps
     codes = np.zeros((len(coset), len(crystal.sites)), dtype=np.int64)
     for letter in set(site_letters.tolist()):
@@ -675,7 +697,8 @@ def _relabelled(group: SpaceGroup, full: Sequence[float], linear: IntArray) -> t
 def _polar_origins(
     crystal: SymmetricCrystal, group: SpaceGroup, skeletons: IntArray, cosets: IntArray
 ) -> tuple[IntArray, FloatArray]:
-    """Return (W,) cosets and (W, 3) origins along the polar axes, each putting one candidate anchor atom at zero there.
+    """Return (W,) cosets and (W, 3) origins along the polar axes, each putting one candidate anchor atom at
+    zero there.
 
     Candidates are the sites of the first element with its first letter.
     """
@@ -702,7 +725,9 @@ _NO_CODE = np.iinfo(np.int64).max
 
 
 def _code(free: IntArray) -> IntArray:
-    """Return (...) one integer for each of free (..., 0-3), in the order of the coordinates; see _decode_code."""
+    """Return (...) one integer for each of free (..., 0-3), in the order of the coordinates; see
+    _decode_code.
+    """
     code = np.zeros(free.shape[:-1], dtype=np.int64)
     for axis in range(3):
         code = code * COORDINATE_STEPS + (free[..., axis] if axis < free.shape[-1] else 0)
@@ -739,7 +764,10 @@ def expand(crystal: SymmetricCrystal) -> Structure:
 
 
 def cell_lattice(parameters: Sequence[float]) -> Lattice:
-    """Return the lattice of (a, b, c, alpha, beta, gamma). Raises ParseError("cell") if it spans no volume."""
+    """Return the lattice of (a, b, c, alpha, beta, gamma).
+
+    Raises ParseError("cell") if it spans no volume.
+    """
     a, b, c, alpha, beta, gamma = parameters
     cosines = [math.cos(math.radians(v)) for v in (alpha, beta, gamma)]
     squared = 1 - sum(v * v for v in cosines) + 2 * cosines[0] * cosines[1] * cosines[2]

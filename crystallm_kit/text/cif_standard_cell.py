@@ -281,7 +281,7 @@ def _frames(number: int) -> tuple[Floats, Floats]:
     for turn in _lattice_rotations(system):
         turned = turn @ rotations @ np.linalg.inv(turn)
         same = (np.abs(turned.reshape(-1, 1, 9) - point_group) < 0.1).all(axis=2)
-        if not bool(same.any(axis=1).all()) or not _among(centring @ turn.T, centring).all():
+        if not np.all(np.any(same, axis=1)) or not np.all(_among(centring @ turn.T, centring)):
             continue
         shifts = grid
         for rotation, moved, partner in zip(turned, translations @ turn.T, same.argmax(axis=1), strict=True):

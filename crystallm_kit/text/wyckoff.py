@@ -8,29 +8,34 @@ Rock salt, NaCl (AFLOW AB_cF8_225_a_b), and rutile, TiO2 (AFLOW A2B_tP6_136_f_a)
     5.64 end                    4.59 2.96 .3053 end
 
 Line 1 holds the content of the PRIMITIVE cell, by increasing electronegativity, and the space group number
-(International Tables). Then one line a site: element and Wyckoff letter. The last line holds, in this order, the
-free lattice parameters of the CONVENTIONAL cell (a; a c; a b c; a b c beta; or all six: angstrom and degree, two
-decimals), the free coordinates of each site's representative (four decimals), and the word `end`.
+(International Tables). Then one line a site: element and Wyckoff letter. The last line holds, in this order,
+the free lattice parameters of the CONVENTIONAL cell (a; a c; a b c; a b c beta; or all six: angstrom and
+degree, two decimals), the free coordinates of each site's representative (four decimals), and the word `end`.
 
 The design, and why:
-- Setting: the standard one of the International Tables (structures/symmetry.py). Special positions are exact, since
-  only free coordinates are written. Symmetry is found at 0.1 angstrom; where that merges cells that differ by more
-  than `max_merge_angstrom` it is found at 0.01 instead. Space group 1 is the fall-back that always exists.
-- Composition first, so that a wanted composition is a forced prefix of the text, and so that every later choice can
-  be checked against it while it is made: a letter fits if its multiplicity fits what is still missing.
-- All letters before any number: the prototype is chosen first, then the metric, then the coordinates, each knowing
-  everything before it. Once the metric is known, the distances that a coordinate implies are decidable.
-- Many descriptions of one crystal are equivalent (origin and axis choices by the Euclidean normalizer of the group).
-  `encode` writes the canonical one; `encode_descriptions` all of them, for augmentation. Polar axes carry their origin on
-  the first site. The canonical choice prefers early letters for early elements and looks at numbers last, so that
-  members of a structure type share their first lines.
-- Tokens are the printed words with the blank or newline that follows them, so that tokens joined are the text.
-  Numbers take two tokens ("5." "64 ", ".30" "53 "): the first carries what a matcher can see, the second refines
-  it. Counts 10-99 and hundredths share the tokens "10 " ... "99 "; the position in the text tells them apart.
+- Setting: the standard one of the International Tables (structures/symmetry.py). Special positions are exact,
+  since only free coordinates are written. Symmetry is found at 0.1 angstrom; where that merges cells that
+  differ by more than `max_merge_angstrom` it is found at 0.01 instead. Space group 1 is the fall-back that
+  always exists.
+- Composition first, so that a wanted composition is a forced prefix of the text, and so that every later
+  choice can be checked against it while it is made: a letter fits if its multiplicity fits what is still
+  missing.
+- All letters before any number: the prototype is chosen first, then the metric, then the coordinates, each
+  knowing everything before it. Once the metric is known, the distances that a coordinate implies are
+  decidable.
+- Many descriptions of one crystal are equivalent (origin and axis choices by the Euclidean normalizer of the
+  group). `encode` writes the canonical one; `encode_descriptions` all of them, for augmentation. Polar axes
+  carry their origin on the first site. The canonical choice prefers early letters for early elements and
+  looks at numbers last, so that members of a structure type share their first lines.
+- Tokens are the printed words with the blank or newline that follows them, so that tokens joined are the
+  text. Numbers take two tokens ("5." "64 ", ".30" "53 "): the first carries what a matcher can see, the
+  second refines it. Counts 10-99 and hundredths share the tokens "10 " ... "99 "; the position in the text
+  tells them apart.
 - The end is explicit: a text without `end` was cut. It is also the model's end-of-sequence token.
 
-Loss: lattice to 0.005 angstrom and 0.005 degree, free coordinates to 0.00005, and the symmetrization itself. The
-decoded structure is the standard primitive cell: same crystal, another setting, sites orbit by orbit. Handedness is kept.
+Loss: lattice to 0.005 angstrom and 0.005 degree, free coordinates to 0.00005, and the symmetrization itself.
+The decoded structure is the standard primitive cell: same crystal, another setting, sites orbit by orbit.
+Handedness is kept.
 Not here: masks that keep samples on this format (tokens/masking.py); conditions before line 1 (prompts.py).
 """
 
@@ -103,8 +108,8 @@ class WyckoffRepresentation:
         """Return the canonical text of a crystal.
 
         Raises:
-            EncodeError: If it is a molecule, holds an element beyond Lr, more than 99 atoms of one element in the
-                primitive cell, or a cell beyond 500 angstrom.
+            EncodeError: If it is a molecule, holds an element beyond Lr, more than 99 atoms of one element in
+                the primitive cell, or a cell beyond 500 angstrom.
         """
         found = self._symmetric(crystal)
         return symmetric_to_text(canonical(found, _element_order(found)))
@@ -140,11 +145,16 @@ class WyckoffRepresentation:
         return Crystal("", structure, {"spacegroup_number": symmetric.spacegroup_number})
 
     def alphabet(self) -> Alphabet:
-        """Return the tokens: pad, end, elements, numbers, space groups, letters, and those of the kit's prompts."""
+        """Return the tokens: pad, end, elements, numbers, space groups, letters, and those of the kit's
+        prompts.
+        """
         return Alphabet(tokens=TOKENS, end=END, pad=PAD)
 
     def grammar(self) -> Grammar:
-        """Return the grammar of well-formed texts. What it cannot say: that numbers and letters fit the group."""
+        """Return the grammar of well-formed texts.
+
+        What it cannot say: that numbers and letters fit the group.
+        """
         return _grammar()
 
 
@@ -272,7 +282,7 @@ def _grammar() -> Grammar:
     either = " | ".join(f'"{s}"' for s in elements)
     groups = '("23" "0") | ("2" "0".."2" "0".."9") | ("1" "0".."9" "0".."9") | ("1".."9" "0".."9") | "1".."9"'
     lark = (
-        'start: header site+ length+ coordinate*\n'
+        "start: header site+ length+ coordinate*\n"
         'header: (ELEMENT COUNT " ")+ SPACEGROUP "\\n"\n'
         'site: ELEMENT " " LETTER "\\n"\n'
         'length: LENGTH " "\n'
@@ -285,7 +295,7 @@ def _grammar() -> Grammar:
         "COORDINATE: /\\.[0-9][0-9][0-9][0-9]/\n"
     )
     gbnf = (
-        'root ::= header site+ length+ coordinate*\n'
+        "root ::= header site+ length+ coordinate*\n"
         'header ::= (element count " ")+ spacegroup "\\n"\n'
         'site ::= element " " [a-zA] "\\n"\n'
         'length ::= ("0" | [1-9] [0-9]? | [1-4] [0-9] [0-9]) "." [0-9] [0-9] " "\n'

@@ -79,7 +79,8 @@ class CorpusRecipe:
             test set: drop, keep, or refuse.
         other_description_probability: How often an epoch takes another text than the canonical one.
         substitutes: Crystals tried to make from each training crystal by replacing elements; 0: none.
-        substituted_epochs: Epochs, from the first, in which substitutes take part; later ones have real crystals only.
+        substituted_epochs: Epochs, from the first, in which substitutes take part; later ones have real
+            crystals only.
         part_entries: Entries that are encoded, and lost by a kill, together.
         shard_rows: Rows of a shard.
         arrays_up_to: `corpus.npz` is written for at most this many crystals; it is made in memory.
@@ -237,8 +238,8 @@ def prepare(
     }
     if recipe.substitutes:
         n_rows[SUBSTITUTED] = add_substitutes(
-            out, recipe.encoding, n_per_crystal=recipe.substitutes, seed=recipe.seed, max_tokens=recipe.max_tokens,
-            workers=workers,
+            out, recipe.encoding, n_per_crystal=recipe.substitutes, seed=recipe.seed,
+            max_tokens=recipe.max_tokens, workers=workers,
         )  # fmt: skip
         report_ = replace(report_, n_rows=n_rows)
         manifest["report"] = asdict(report_)

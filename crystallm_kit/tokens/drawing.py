@@ -320,7 +320,8 @@ def write_stored(
 ) -> None:
     """Write (texts, prompts) of both splits as the .npz file that StoredCorpus reads.
 
-    The last `n_substituted` training crystals are substitutes, which take part in `substituted_epochs` epochs.
+    The last `n_substituted` training crystals are substitutes, which take part in `substituted_epochs`
+    epochs.
     """
     stored = {
         "info": recipe_to_dict(info),

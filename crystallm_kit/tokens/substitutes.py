@@ -3,8 +3,8 @@
     add_substitutes("corpus/", recipe, n_per_crystal=3)  ->  corpus/substituted-00000.parquet ...
 
 A small corpus shows a prototype with few of the elements that form it. Its substitutes show the others, as
-guesses: so epochs take them at first, and the last ones leave them out (drawing.py). None of them repeats a text of
-the corpus, none has a composition of the validation or test set, and none has a property.
+guesses: so epochs take them at first, and the last ones leave them out (drawing.py). None of them repeats a
+text of the corpus, none has a composition of the validation or test set, and none has a property.
 
 Not here: how likeness is learned and volume scaled (structures/substitution.py).
 """
@@ -100,7 +100,10 @@ def _spread(tasks: list[_Task], workers: int) -> Iterator[list[EncodedCrystal]]:
 
 
 def _substitutes_of(task: _Task) -> list[EncodedCrystal]:
-    """Return the encoded substitutes of some crystals. Each depends on its crystal's position and the seed alone."""
+    """Return the encoded substitutes of some crystals.
+
+    Each depends on its crystal's position and the seed alone.
+    """
     texts, start, table, plain, n_per_crystal, seed, max_tokens = task
     encoder = _encoder(plain, seed)
     found = []
