@@ -13,6 +13,9 @@ Not here: how tokens are drawn (engines/), what valid means (scores/validity.py)
 import dataclasses
 import json
 import math
+import os
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -30,6 +33,7 @@ from crystallm_kit.text.parsing import parse_completion
 from crystallm_kit.text.prompts import Template, template_named
 from crystallm_kit.text.representation import Representation, representation
 
+REDRAWS = 3
 CHUNK = 1024  # requests handed to the engine at a time, so that results stream and memory stays bounded
 
 
@@ -70,6 +74,10 @@ def load_model(path: str | Path | None = None, *, batch_size: int = 256, device:
     Raises:
         ModelError: If the folder is no whole model folder, or its template is not the kit's.
     """
+    if "torch" not in sys.modules:
+        # Threads that spin while they wait for each other lose a core to any other work: 60 s against 7 s for 256
+        # samples on two busy cores. Read by the OpenMP library when torch loads it.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from crystallm_kit.engines.transformers_local import TransformersEngine
     from crystallm_kit.models.checkpoints import load_model_folder
     from crystallm_kit.structures.elements import ELEMENTS
@@ -103,6 +111,7 @@ def generate(
     constrained: bool = True,
     protocol: str = "kit",
     unique: bool = True,
+    redraws: int = REDRAWS,
 ) -> list[Sample]:
     """Return n samples, judged; valid copies of earlier ones are marked "duplicate" where `unique` says so.
 
@@ -115,6 +124,9 @@ def generate(
         constrained: Draw only tokens that keep the text well formed and as asked (tokens/masking.py).
         protocol: A name in scores.thresholds.PROTOCOLS.
         unique: Mark copies.
+        redraws: How often the numbers (cell, coordinates) of a sample whose atoms overlap, or whose cell or density
+            is impossible, are drawn again for the same sites. Only where samples are constrained; a sample
+            that needed it says so in its measures ("redraws"), and still counts as one request.
 
     Raises:
         ImpossibleRequest, UnknownName: If no crystal can meet the conditions.
@@ -128,7 +140,7 @@ def generate(
         conditions = understand(conditions).conditions
     samples = list(
         stream([conditions or Conditions()] * n, seed=seed, model=model, sampling=sampling,
-               constrained=constrained, protocol=protocol)
+               constrained=constrained, protocol=protocol, redraws=redraws)
     )  # fmt: skip
     return mark_duplicates(samples) if unique else samples
 
@@ -142,30 +154,51 @@ def stream(
     constrained: bool = True,
     protocol: str = "kit",
     beginnings: Sequence[str] | None = None,
+    redraws: int = REDRAWS,
 ) -> Iterator[Sample]:
     """Yield one judged sample for each request, in order, as they come.
 
     Args:
         requests: Conditions, one for each sample.
-        seed, model, sampling, constrained, protocol: As in `generate`.
+        seed, model, sampling, constrained, protocol, redraws: As in `generate`.
         beginnings: How each crystal's text begins; None: free.
     """
     asked = model if isinstance(model, Model) else (_shipped_model() if model is None else load_model(model))
     sampling = dataclasses.replace(sampling or Sampling(), seed=seed)
     prompts = list(_prompts(requests, asked, seed=seed, constrained=constrained, beginnings=beginnings))
+    rounds = redraws if constrained and takes_requests(asked) else 0
     for start in range(0, len(prompts), CHUNK):
         chunk = prompts[start : start + CHUNK]
         # Draws depend on (seed, position), so every chunk gets a seed of its own, the first the caller's.
-        chunk_sampling = (
-            sampling if start == 0 else dataclasses.replace(sampling, seed=_chunk_seed(seed, start))
-        )
-        for offset, completion in enumerate(asked.engine.complete(chunk, chunk_sampling)):
-            index = start + offset
-            yield judge(completion, requests[index], asked, index=index, seed=seed, protocol=protocol)
+        chunk_sampling = sampling if start == 0 else dataclasses.replace(sampling, seed=_new_seed(seed, start))
+
+        def judged(completion: Completion, index: int) -> Sample:
+            return judge(completion, requests[index], asked, index=index, seed=seed, protocol=protocol)
+
+        samples = [judged(c, start + i) for i, c in enumerate(asked.engine.complete(chunk, chunk_sampling))]
+        for attempt in range(1, rounds + 1):
+            again = [i for i, sample in enumerate(samples) if sample.verdict.reason in _GEOMETRY_REASONS]
+            kept = [_without_numbers(samples[i].text) for i in again]
+            redrawn = [dataclasses.replace(chunk[i], beginning=text) for i, text in zip(again, kept, strict=True)]
+            fresh = dataclasses.replace(sampling, seed=_new_seed(seed, start, attempt))
+            for i, completion in zip(again, asked.engine.complete(redrawn, fresh), strict=True):
+                sample = judged(completion, start + i)
+                measures = {**sample.measures, "redraws": attempt}
+                samples[i] = dataclasses.replace(sample, measures=measures)
+        yield from samples
 
 
-def _chunk_seed(seed: int, start: int) -> int:
-    return int(np.random.SeedSequence((seed, start)).generate_state(1)[0])
+# What another cell and other coordinates for the same sites may mend.
+_GEOMETRY_REASONS = frozenset(("overlap", "density", "cell"))
+
+
+def _without_numbers(text: str) -> str:
+    """Return a wyckoff text up to its numbers: composition, space group, sites."""
+    return "".join(text.rpartition("\n")[:2])
+
+
+def _new_seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
 def _prompts(
@@ -312,6 +345,31 @@ def complete_crystal(
     return list(
         stream([Conditions()] * n, seed=seed, model=model, protocol=protocol, beginnings=[beginning] * n)
     )
+
+
+def ranked(samples: Iterable[Sample]) -> list[Sample]:
+    """Return candidates for one composition, best first: what the model says most often, then most surely.
+
+    Samples that agree in composition, space group and sites are one structure type; types stand in the order of
+    their counts, each first with its most probable member. The other members follow, one for each different
+    geometry (lengths to 1 angstrom, coordinates to 0.1); the rest, near copies, come last. Unparsed samples
+    are left out.
+    """
+    found = sorted((s for s in samples if s.structure is not None), key=lambda s: -s.log_probability)
+    counts = Counter(_without_numbers(s.text) for s in found)
+    seen: set[str] = set()
+    levels: list[list[Sample]] = [[], [], []]
+    for sample in sorted(found, key=lambda s: -counts[_without_numbers(s.text)]):
+        kind, geometry = _without_numbers(sample.text), _rough(sample.text)
+        levels[0 if kind not in seen else 1 if geometry not in seen else 2].append(sample)
+        seen |= {kind, geometry}
+    levels[1].sort(key=lambda s: -s.log_probability)
+    return [sample for level in levels for sample in level]
+
+
+def _rough(text: str) -> str:
+    numbers = text.rpartition("\n")[2].split(" ")
+    return _without_numbers(text) + " ".join(w[:2] if w.startswith(".") else w.split(".")[0] for w in numbers)
 
 
 def sample_to_dict(sample: Sample) -> dict[str, Any]:

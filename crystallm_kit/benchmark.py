@@ -1,0 +1,181 @@
+"""What a model is worth, measured: the numbers of the model card, each by one command.
+
+    python -m crystallm_kit.benchmark predict TARGETS.parquet --targets 500 --samples 60
+    python -m crystallm_kit.benchmark unconditional -n 2000
+    python -m crystallm_kit.benchmark constrained TARGETS.parquet -n 10000
+    python -m crystallm_kit.benchmark obeyed TARGETS.parquet --targets 500
+    python -m crystallm_kit.benchmark facts corpus/ MODEL
+
+`predict` asks for each target's composition (atoms of its primitive cell, nothing else) and matches the candidates
+with the truth, in the order in which they were drawn and in the order of `generation.ranked`.
+
+Not here: what matches (scores/matching.py), what is valid (scores/validity.py).
+"""
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+from pymatgen.core import Structure
+
+from crystallm_kit.engines.engine import Sampling
+from crystallm_kit.generation import Model, load_model, ranked, stream
+from crystallm_kit.records import Conditions, Crystal, Sample
+from crystallm_kit.scores.funnel import Funnel, funnel, mark_duplicates
+from crystallm_kit.scores.matching import MatchRate, match_rate, rms_distances
+from crystallm_kit.structures.files import read
+from crystallm_kit.structures.symmetry import spacegroup_number
+
+KS = (1, 5, 20)
+
+
+def predict(
+    targets: Sequence[Crystal], model: Model, *, n_samples: int, seed: int = 0, sampling: Sampling | None = None
+) -> dict[str, list[MatchRate]]:
+    """Return match rates given the composition alone, for candidates as drawn and as ranked.
+
+    Args:
+        targets: With their true structures in primitive cells.
+        model: What predicts.
+        n_samples: Candidates drawn for each target; rankings choose among these.
+        seed: Of the draws.
+        sampling: How tokens are drawn.
+    """
+    requests = [composition_of(t) for t in targets for _ in range(n_samples)]
+    samples = list(stream(requests, seed=seed, model=model, sampling=sampling))
+    drawn = [samples[i * n_samples : (i + 1) * n_samples] for i in range(len(targets))]
+    best = [ranked(candidates)[: max(KS)] for candidates in drawn]
+    jobs = [
+        ([s.structure for s in candidates], target.structure)
+        for kind in ([d[: max(KS)] for d in drawn], best)
+        for candidates, target in zip(kind, targets, strict=True)
+    ]
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        distances = list(pool.map(_distances, jobs, chunksize=4))
+    first, second = distances[: len(targets)], distances[len(targets) :]
+    return {
+        "as drawn": [match_rate(first, k) for k in KS],
+        "ranked": [match_rate(second, k) for k in KS],
+    }
+
+
+def _distances(job: tuple[list[Structure], Structure]) -> list[float | None]:
+    return rms_distances(*job)
+
+
+def composition_of(crystal: Crystal) -> Conditions:
+    """Return the conditions that ask for the atoms of a crystal's cell, and nothing else."""
+    counts = {str(e): round(n) for e, n in crystal.structure.composition.get_el_amt_dict().items()}
+    return Conditions(formula=counts, n_sites=sum(counts.values()))
+
+
+def constrained_run(targets: Iterable[Crystal], model: Model, *, n: int, seed: int = 0) -> dict[str, int]:
+    """Return counts over n constrained samples, one composition after the other: finished, parsed, as asked."""
+    wanted = [composition_of(t) for t in targets]
+    requests = [wanted[i % len(wanted)] for i in range(n)]
+    counts = {"requested": n, "finished": 0, "parsed": 0, "composition as asked": 0}
+    for request, sample in zip(requests, stream(requests, seed=seed, model=model, redraws=0), strict=True):
+        counts["finished"] += sample.verdict.reason != "truncated"
+        if sample.structure is None:
+            continue
+        counts["parsed"] += 1
+        found = {str(e): round(x) for e, x in sample.structure.composition.get_el_amt_dict().items()}
+        counts["composition as asked"] += found == dict(request.formula or {})
+    return counts
+
+
+def obeyed(targets: Iterable[Crystal], model: Model, *, seed: int = 0) -> dict[str, int]:
+    """Return how often composition and space group, asked together, are found in the sample."""
+    requests = []
+    for target in targets:
+        asked = composition_of(target)
+        number = spacegroup_number(target.structure)
+        requests.append(Conditions(formula=asked.formula, n_sites=asked.n_sites, spacegroup_number=number))
+    samples = list(stream(requests, seed=seed, model=model))
+    return {
+        "requested": len(samples),
+        "composition found": sum(bool(s.verdict.checks.get("formula")) for s in samples),
+        "space group found": sum(bool(s.verdict.checks.get("spacegroup")) for s in samples),
+        "valid": sum(s.verdict.valid for s in samples),
+    }
+
+
+def unconditional(model: Model, *, n: int, seed: int = 0, redraws: int = 3) -> tuple[Funnel, float]:
+    """Return the funnel of n unconditional samples, and the seconds from the first request to the last verdict."""
+    begun = time.perf_counter()
+    samples: list[Sample] = mark_duplicates(stream([Conditions()] * n, seed=seed, model=model, redraws=redraws))
+    return funnel(samples), time.perf_counter() - begun
+
+
+def write_facts(corpus: str | Path, model: str | Path) -> dict[str, object]:
+    """Write into a model's manifest what generation has to know of its training data, and return it."""
+    import pyarrow.parquet as pq
+
+    seen: set[str] = set()
+    for shard in sorted(Path(corpus).glob("train-*.parquet")):
+        for text in pq.read_table(shard, columns=["text"])["text"].to_pylist():
+            seen.update(re.findall(r"([A-Z][a-z]?)\d", text.partition("\n")[0]))
+    path = Path(model) / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["results"] |= {"elements": sorted(seen), "max_sites": 24}
+    path.write_text(json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    return {"elements": len(seen), "max_sites": 24}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one benchmark and print its numbers."""
+    parser = argparse.ArgumentParser(prog="python -m crystallm_kit.benchmark", description=main.__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for name in ("predict", "constrained", "obeyed"):
+        verb = verbs.add_parser(name)
+        verb.add_argument("data", help="crystals with their true structures")
+    for name in ("predict", "obeyed"):
+        verbs.choices[name].add_argument("--targets", type=int, default=500, help="the first of the file")
+    verbs.choices["predict"].add_argument("--samples", type=int, default=60, help="drawn for each target")
+    verbs.choices["predict"].add_argument("--number-temperature", type=float, default=None)
+    verbs.choices["constrained"].add_argument("-n", type=int, default=10_000)
+    verb = verbs.add_parser("unconditional")
+    verb.add_argument("-n", type=int, default=2000)
+    verb.add_argument("--redraws", type=int, default=3)
+    for verb in verbs.choices.values():
+        verb.add_argument("--model", default=None, help="model folder; default: the shipped one")
+        verb.add_argument("--seed", type=int, default=0)
+        verb.add_argument("--batch-size", type=int, default=256)
+    verb = verbs.add_parser("facts")
+    verb.add_argument("corpus")
+    verb.add_argument("folder", help="model folder")
+    options = parser.parse_args(arguments)
+    if options.verb == "facts":
+        print(json.dumps(write_facts(options.corpus, options.folder)))
+        return 0
+    model = load_model(options.model, batch_size=options.batch_size)
+    begun = time.perf_counter()
+    if options.verb == "predict":
+        targets = list(islice(read(options.data), options.targets))
+        sampling = Sampling(number_temperature=options.number_temperature)
+        found = predict(targets, model, n_samples=options.samples, seed=options.seed, sampling=sampling)
+        for order, rates in found.items():
+            for rate in rates:
+                print(f"n={rate.k:<3} {order:<9} {rate}")
+    elif options.verb == "constrained":
+        print(json.dumps(constrained_run(read(options.data), model, n=options.n, seed=options.seed)))
+    elif options.verb == "obeyed":
+        print(json.dumps(obeyed(islice(read(options.data), options.targets), model, seed=options.seed)))
+    else:
+        counts, seconds = unconditional(model, n=options.n, seed=options.seed, redraws=options.redraws)
+        print("\n".join(counts.lines()))
+        print(f"{counts.requested / seconds:.1f} samples/s, {counts.charge / seconds:.1f} valid/s, {seconds:.1f} s")
+    print(f"{time.perf_counter() - begun:.0f} s", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
