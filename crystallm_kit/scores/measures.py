@@ -9,7 +9,7 @@ Not here: what is good enough (thresholds.py, validity.py); where the space grou
 
 import math
 from collections import Counter
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,11 @@ from crystallm_kit.scores.distances import (
     covalent_radii,
     nearest_distances,
 )
+from crystallm_kit.structures.elements import density_g_cm3
 from crystallm_kit.structures.symmetry import dataset
 
 Measures = dict[str, float | int | str]
 
-GRAM_PER_CM3 = 1.66053906660  # 1 u per cubic angstrom, CODATA 2018
 MOLECULE_BOND = 1.3  # of the sum of the covalent radii, the usual limit of a bond
 
 
@@ -99,7 +99,7 @@ class MeasuredCrystal:
     @cached_property
     def density(self) -> float:
         """Mass density, g/cm3."""
-        return float(_masses()[self.numbers].sum()) / self.volume * GRAM_PER_CM3
+        return density_g_cm3(self.numbers, self.volume)
 
     def measures(self, *, with_symmetry: bool) -> Measures:
         """Return what `measure` returns; the space group only if wanted, or found already."""
@@ -149,15 +149,6 @@ class MeasuredMolecule:
         if self.distance.size:
             found["nearest_distance_angstrom"] = float(self.distance.min())
         return found
-
-
-@cache
-def _masses() -> FloatArray:
-    """(119,) standard atomic weights by atomic number, u."""
-    masses = np.zeros(119)
-    for element in map(Element.from_Z, range(1, 119)):
-        masses[element.Z] = float(element.atomic_mass)
-    return masses
 
 
 def _symbol_counts(numbers: IntArray) -> Counter[str]:

@@ -20,3 +20,16 @@ _BY_NUMBER = """
     """.split()
 ATOMIC_NUMBER: dict[str, int] = {symbol: z for z, symbol in enumerate(_BY_NUMBER, start=1)}
 SYMBOL: dict[int, str] = {z: symbol for symbol, z in ATOMIC_NUMBER.items()}
+
+
+@lru_cache(maxsize=1)
+def atomic_weights() -> npt.NDArray[np.float64]:
+    """Return (119,) standard atomic weights by atomic number, in atomic mass units; entry 0 is 0."""
+    from pymatgen.core import Element
+
+    return np.array([0.0, *(float(Element.from_Z(z).atomic_mass) for z in range(1, 119))])
+
+
+def density_g_cm3(atomic_numbers: Sequence[int] | npt.NDArray[np.int64], volume_angstrom3: float) -> float:
+    """Return the mass density of atoms in a cell, as pymatgen's `Structure.density` does, without its cost."""
+    return float(atomic_weights()[np.asarray(atomic_numbers)].sum()) / volume_angstrom3 * GRAM_PER_CM3

@@ -41,7 +41,7 @@ from pymatgen.core import Element, Structure
 
 from crystallm_kit.errors import ImpossibleRequest, ParseError, UnknownName
 from crystallm_kit.records import PROPERTIES, Conditions, Crystal, Range
-from crystallm_kit.structures.elements import ELEMENTS, RANK
+from crystallm_kit.structures.elements import ELEMENTS, RANK, density_g_cm3
 from crystallm_kit.structures.spacegroups import spacegroup_number, spacegroup_symbol
 from crystallm_kit.structures.symmetry import crystal_system, space_group
 from crystallm_kit.text.conditions import (
@@ -604,7 +604,7 @@ def _facts(crystal: Crystal, spacegroup: int | None, n_sites: int | None) -> dic
         facts["n_sites"] = n_sites
     values: dict[str, Any] = dict(crystal.properties)
     if isinstance(crystal.structure, Structure):
-        values["density_g_cm3"] = float(crystal.structure.density)
+        values["density_g_cm3"] = density_g_cm3(crystal.structure.atomic_numbers, crystal.structure.volume)
     for name, known in PROPERTIES.items():
         value = next((values[key] for key in (name, *known.aliases) if key in values), None)
         if not isinstance(value, int | float | np.number) or isinstance(value, bool):
