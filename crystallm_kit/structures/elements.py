@@ -1,8 +1,16 @@
 """The elements in the order in which formulas name them: by electronegativity, ties by symbol, unknown last.
 
-Frozen from the Pauling values of pymatgen 2026.10, because token ids depend on it; libraries revise such
-tables.
+Frozen from the Pauling values of pymatgen 2026.10, because token ids depend on it; libraries revise such tables.
+Atomic weights are pymatgen's, as an array.
 """
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+GRAM_PER_CM3 = 1.66053906892  # of one atomic mass unit per cubic angstrom (CODATA 2022)
 
 ELEMENTS: tuple[str, ...] = tuple(
     """
@@ -31,5 +39,5 @@ def atomic_weights() -> npt.NDArray[np.float64]:
 
 
 def density_g_cm3(atomic_numbers: Sequence[int] | npt.NDArray[np.int64], volume_angstrom3: float) -> float:
-    """Return the mass density of atoms in a cell, as pymatgen's `Structure.density` does, without its cost."""
+    """Return the mass density of atoms in a cell: pymatgen's `Structure.density` without its cost."""
     return float(atomic_weights()[np.asarray(atomic_numbers)].sum()) / volume_angstrom3 * GRAM_PER_CM3
