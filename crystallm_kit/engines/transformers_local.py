@@ -8,13 +8,16 @@ Not here: other engines (engine.py has the table); vLLM, which batches better an
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 
 from crystallm_kit.engines.engine import Prompt, Sampling
+from crystallm_kit.errors import ImpossibleRequest, UserError
 from crystallm_kit.records import Completion, StopReason
+from crystallm_kit.text.wyckoff import TOKENS
 from crystallm_kit.tokens.masking import WyckoffConstraint
 from crystallm_kit.tokens.tokenizer import encode_strict
 
@@ -45,8 +48,21 @@ class TransformersEngine:
         self.batch_size = batch_size
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Completion]:
-        """Yield one completion for each prompt, in order, as soon as all before it are there."""
+        """Yield one completion for each prompt, in order, as soon as all before it are there.
+
+        Raises:
+            ImpossibleRequest: If a beginning is not what its prompt's request lets through.
+            UserError: If a prompt is empty or leaves no room for a completion, or a constraint is asked of a
+                model whose token ids are not those of the `wyckoff` format.
+        """
         ids = [encode_strict(self.tokenizer, p.text) for p in prompts]
+        if not all(ids):
+            raise UserError("an empty prompt; a model goes on from at least one token")
+        longest = max(map(len, ids), default=0)
+        if longest >= self._positions():
+            raise UserError(
+                f"a prompt of {longest} tokens; the model has {self._positions()} positions in all"
+            )
         given = [encode_strict(self.tokenizer, p.beginning) if p.beginning else [] for p in prompts]
         order = sorted(range(len(prompts)), key=lambda i: (len(ids[i]), prompts[i].request is None))
         ready: dict[int, Completion] = {}
@@ -93,6 +109,7 @@ class TransformersEngine:
         given_BT = torch.full((size, limit), -1, dtype=torch.long, device=self.device)
         for b, beginning in enumerate(given):
             given_BT[b, : len(beginning)] = torch.tensor(beginning[:limit])
+        longest_beginning = max(map(len, given))
         tokens_BT = torch.full((size, limit), end, dtype=torch.long, device=self.device)
         log_probability_B = torch.zeros(size, dtype=torch.float64, device=self.device)
         length_B = torch.full((size,), limit, dtype=torch.long, device=self.device)
@@ -105,19 +122,23 @@ class TransformersEngine:
             output = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = output.past_key_values
             logits_BV = output.logits[:, -1].float()
+            forced_B = given_BT[active, t]
             if constraint is not None:
-                logits_BV = logits_BV.masked_fill(~constraint.mask(), -torch.inf)
+                mask_BV = constraint.mask()
+                if t < longest_beginning:
+                    self._check_forced(forced_B, mask_BV, [prompts[rows[b]] for b in active.tolist()])
+                logits_BV = logits_BV.masked_fill(~mask_BV, -torch.inf)
             token_B = _draw(
                 logits_BV, sampling, draws_BT[active, t], self._temperatures(constraint, sampling)
             )
-            forced_B = given_BT[active, t]
             token_B = torch.where(forced_B >= 0, forced_B, token_B)
             chosen = torch.log_softmax(logits_BV, -1).gather(1, token_B[:, None]).squeeze(1)
-            log_probability_B[active] += chosen.double()
+            # A finished sample that is still in the batch draws on; nothing of that counts.
+            log_probability_B[active] += chosen.double().masked_fill(ended_B[active], 0)
             tokens_BT[active, t] = token_B
             if constraint is not None:
                 constraint.advance(token_B)
-            finished = token_B == end
+            finished = (token_B == end) & ~ended_B[active]
             ended_B[active[finished]] = True
             length_B[active[finished]] = t + 1
             inputs = token_B[:, None]
@@ -145,10 +166,25 @@ class TransformersEngine:
                 row,
             )
 
+    def _check_forced(self, forced_B: torch.Tensor, mask_BV: torch.Tensor, prompts: Sequence[Prompt]) -> None:
+        """Raise ImpossibleRequest if a given beginning takes a token that its request rules out."""
+        allowed_B = (forced_B < 0) | mask_BV.gather(1, forced_B.clamp(min=0)[:, None]).squeeze(1)
+        for b in (~allowed_B).nonzero().flatten().tolist()[:1]:
+            token = self.tokenizer.convert_ids_to_tokens(int(forced_B[b]))
+            raise ImpossibleRequest(
+                f"beginning {prompts[b].beginning!r}: at {token!r} it leaves what was asked for, or no "
+                "crystal goes on from there."
+            )
+
     def _constraint(self, prompts: Sequence[Prompt]) -> WyckoffConstraint | None:
         requests = [p.request for p in prompts if p.request is not None]
         if not requests:
             return None
+        if not self._has_wyckoff_ids:
+            raise UserError(
+                "a request needs a tokenizer whose ids are those of the wyckoff format; this model's are "
+                "others. Sample it unconstrained."
+            )
         return WyckoffConstraint(requests, vocabulary_size=self.model.config.vocab_size, device=self.device)
 
     def _temperatures(self, constraint: WyckoffConstraint | None, sampling: Sampling) -> torch.Tensor | float:
@@ -156,6 +192,10 @@ class TransformersEngine:
         if constraint is None or sampling.number_temperature is None:
             return sampling.temperature
         return torch.where(constraint.in_numbers, sampling.number_temperature, sampling.temperature)
+
+    @cached_property
+    def _has_wyckoff_ids(self) -> bool:
+        return bool(self.tokenizer.convert_tokens_to_ids(list(TOKENS)) == list(range(len(TOKENS))))
 
     def _positions(self) -> int:
         return int(self.model.config.max_position_embeddings)
