@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from crystallm_kit.engines.cache import growing_cache
 from crystallm_kit.engines.engine import Prompt, Sampling
 from crystallm_kit.errors import ImpossibleRequest, UserError
 from crystallm_kit.records import Completion, StopReason
@@ -64,7 +65,9 @@ class TransformersEngine:
                 f"a prompt of {longest} tokens; the model has {self._positions()} positions in all"
             )
         given = [encode_strict(self.tokenizer, p.beginning) if p.beginning else [] for p in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: (len(ids[i]), prompts[i].request is None))
+        order = sorted(
+            range(len(prompts)), key=lambda i: (len(ids[i]), prompts[i].request is None, len(given[i]))
+        )
         ready: dict[int, Completion] = {}
         following = 0
         for rows in self._batches(order, ids, prompts):
@@ -117,11 +120,18 @@ class TransformersEngine:
         active = torch.arange(size, device=self.device)
         inputs = torch.tensor(prompt_ids, device=self.device)
         constraint = self._constraint([prompts[i] for i in rows])
-        cache = None
+        # What every sample begins with is read at once, not token by token; all but its last token, which may be
+        # the end of a sample.
+        n_read = max(0, min(limit, *map(len, given)) - 1)
+        inputs = torch.cat([inputs, given_BT[:, :n_read]], dim=1)
+        cache = growing_cache(self.model.config)
         for t in range(limit):
-            output = self.model(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
-            logits_BV = output.logits[:, -1].float()
+            if t == 0 or t > n_read:
+                keep_last = n_read + 1 if t == 0 else 1
+                output = self.model(
+                    input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep_last
+                )
+            logits_BV = output.logits[:, t if t <= n_read else -1].float()
             forced_B = given_BT[active, t]
             if constraint is not None:
                 mask_BV = constraint.mask()
