@@ -120,8 +120,8 @@ class TransformersEngine:
         active = torch.arange(size, device=self.device)
         inputs = torch.tensor(prompt_ids, device=self.device)
         constraint = self._constraint([prompts[i] for i in rows])
-        # What every sample begins with is read at once, not token by token; all but its last token, which may be
-        # the end of a sample.
+        # What every sample begins with is read at once, not token by token; all but its last token, which may
+        # be the end of a sample.
         n_read = max(0, min(limit, *map(len, given)) - 1)
         inputs = torch.cat([inputs, given_BT[:, :n_read]], dim=1)
         cache = growing_cache(self.model.config)
