@@ -13,7 +13,7 @@ Not here: equivalent views of one crystal (augmentation.py). A substituted cryst
 the original is carried over.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -79,13 +79,13 @@ def learn_substitutions(crystals: Iterable[SymmetricCrystal]) -> SubstitutionTab
         volumes.append(volume_angstrom3(crystal) / sum(counts.values()))
     if not rows:
         raise EmptyInput("substitutions: no crystals to learn from")
-    together: Counter[tuple[int, int]] = Counter()
+    together: dict[tuple[int, int], float] = defaultdict(float)
     for elements in places.values():
         for z in elements:
             for other in elements:
                 if z != other:
                     # each place counts once for every element, however many share it
-                    together[(z, other)] += 1 / (len(elements) - 1)  # type: ignore[assignment]
+                    together[(z, other)] += 1 / (len(elements) - 1)
     counts_array = np.zeros((MAX_ATOMIC_NUMBER + 1, MAX_ATOMIC_NUMBER + 1))
     for (z, other), weight in together.items():
         counts_array[z, other] = weight
