@@ -1,8 +1,9 @@
 """Structure prediction: does a candidate match the truth, and how often over many targets?
 
-The protocol `csp` is the one of DiffCSP, CrystaLLM and FlowMM: pymatgen's StructureMatcher with ltol 0.3, stol 0.5,
-angle_tol 10 degrees; the RMSE is `get_rms_dist`, divided by (V/N)^(1/3). The denominator is all targets. There is
-no validity gate here (peers that gate count fewer matches; a number with and one without do not compare).
+The protocol `csp` is the one of DiffCSP, CrystaLLM and FlowMM: pymatgen's StructureMatcher with ltol 0.3,
+stol 0.5, angle_tol 10 degrees; the RMSE is `get_rms_dist`, divided by (V/N)^(1/3). The denominator is all
+targets. There is no validity gate here (peers that gate count fewer matches; a number with and one without do
+not compare).
 
 Not here: how candidates are made and ordered (generation.py); uniqueness (funnel.py).
 Source: Jiao et al. 2023 (DiffCSP), arXiv:2309.04475.
@@ -17,7 +18,7 @@ from pymatgen.core import Structure
 
 from crystallm_kit.errors import EmptyInput
 
-CSP_TOLERANCES = {"ltol": 0.3, "stol": 0.5, "angle_tol": 10.0}
+CSP_LENGTH_TOLERANCE, CSP_SITE_TOLERANCE, CSP_ANGLE_TOLERANCE_DEGREES = 0.3, 0.5, 10.0
 
 
 @dataclass(frozen=True)
@@ -39,23 +40,25 @@ class MatchRate:
     high: float
 
     def __str__(self) -> str:
-        """Return "63.2 % (59.0-67.3; 316/500), RMSE 0.058"."""
+        """Return "63.2% (58.9% to 67.3%; 316/500), RMSE 0.0580"."""
         share = self.matched / self.targets
-        return (
-            f"{share:.1%} ({self.low:.1%} to {self.high:.1%}; {self.matched}/{self.targets}), RMSE {self.rmse:.4f}"
-        )
+        interval = f"{self.low:.1%} to {self.high:.1%}"
+        return f"{share:.1%} ({interval}; {self.matched}/{self.targets}), RMSE {self.rmse:.4f}"
 
 
 def rms_distances(candidates: Sequence[Structure | None], truth: Structure) -> list[float | None]:
     """Return the normalised RMS distance of each candidate to the truth; None where it does not match."""
     from pymatgen.analysis.structure_matcher import StructureMatcher
 
-    matcher = StructureMatcher(**CSP_TOLERANCES)
+    matcher = StructureMatcher(
+        ltol=CSP_LENGTH_TOLERANCE, stol=CSP_SITE_TOLERANCE, angle_tol=CSP_ANGLE_TOLERANCE_DEGREES
+    )
     found: list[float | None] = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for candidate in candidates:
-            distance = None if candidate is None else matcher.get_rms_dist(candidate, truth)
+            # pymatgen leaves this method without types
+            distance = None if candidate is None else matcher.get_rms_dist(candidate, truth)  # type: ignore[no-untyped-call]
             found.append(None if distance is None else float(distance[0]))
     return found
 
@@ -76,8 +79,16 @@ def match_rate(distances: Sequence[Sequence[float | None]], k: int) -> MatchRate
 
 
 def wilson(successes: int, trials: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the Wilson score interval of a share (Wilson 1927)."""
+    """Return the Wilson score interval of a share (Wilson 1927).
+
+    Raises:
+        EmptyInput: Without trials.
+    """
+    if not trials:
+        raise EmptyInput("interval of a share: no trials, so no share")
     share, square = successes / trials, z * z
     centre = (share + square / (2 * trials)) / (1 + square / trials)
-    half = z / (1 + square / trials) * math.sqrt(share * (1 - share) / trials + square / (4 * trials * trials))
+    half = (
+        z / (1 + square / trials) * math.sqrt(share * (1 - share) / trials + square / (4 * trials * trials))
+    )
     return max(0.0, centre - half), min(1.0, centre + half)
