@@ -75,8 +75,8 @@ def load_model(path: str | Path | None = None, *, batch_size: int = 256, device:
         ModelError: If the folder is no whole model folder, or its template is not the kit's.
     """
     if "torch" not in sys.modules:
-        # Threads that spin while they wait for each other lose a core to any other work: 60 s against 7 s for 256
-        # samples on two busy cores. Read by the OpenMP library when torch loads it.
+        # Threads that spin while they wait for each other lose a core to any other work: 60 s against 7 s for
+        # 256 samples on two busy cores. Read by the OpenMP library when torch loads it.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from crystallm_kit.engines.transformers_local import TransformersEngine
     from crystallm_kit.models.checkpoints import load_model_folder
@@ -124,9 +124,9 @@ def generate(
         constrained: Draw only tokens that keep the text well formed and as asked (tokens/masking.py).
         protocol: A name in scores.thresholds.PROTOCOLS.
         unique: Mark copies.
-        redraws: How often the numbers (cell, coordinates) of a sample whose atoms overlap, or whose cell or density
-            is impossible, are drawn again for the same sites. Only where samples are constrained; a sample
-            that needed it says so in its measures ("redraws"), and still counts as one request.
+        redraws: How often the numbers (cell, coordinates) of a sample whose atoms overlap, or whose cell or
+            density is impossible, are drawn again for the same sites. Only where samples are constrained; a
+            sample that needed it says so in its measures ("redraws"), and still counts as one request.
 
     Raises:
         ImpossibleRequest, UnknownName: If no crystal can meet the conditions.
@@ -170,7 +170,8 @@ def stream(
     for start in range(0, len(prompts), CHUNK):
         chunk = prompts[start : start + CHUNK]
         # Draws depend on (seed, position), so every chunk gets a seed of its own, the first the caller's.
-        chunk_sampling = sampling if start == 0 else dataclasses.replace(sampling, seed=_new_seed(seed, start))
+        chunk_seed = seed if start == 0 else _new_seed(seed, start)
+        chunk_sampling = dataclasses.replace(sampling, seed=chunk_seed)
 
         def judged(completion: Completion, index: int) -> Sample:
             return judge(completion, requests[index], asked, index=index, seed=seed, protocol=protocol)
@@ -178,8 +179,11 @@ def stream(
         samples = [judged(c, start + i) for i, c in enumerate(asked.engine.complete(chunk, chunk_sampling))]
         for attempt in range(1, rounds + 1):
             again = [i for i, sample in enumerate(samples) if sample.verdict.reason in _GEOMETRY_REASONS]
-            kept = [_without_numbers(samples[i].text) for i in again]
-            redrawn = [dataclasses.replace(chunk[i], beginning=text) for i, text in zip(again, kept, strict=True)]
+            # what was given is kept, even where it goes on into the numbers
+            kept = [max(_without_numbers(samples[i].text), chunk[i].beginning, key=len) for i in again]
+            redrawn = [
+                dataclasses.replace(chunk[i], beginning=text) for i, text in zip(again, kept, strict=True)
+            ]
             fresh = dataclasses.replace(sampling, seed=_new_seed(seed, start, attempt))
             for i, completion in zip(again, asked.engine.complete(redrawn, fresh), strict=True):
                 sample = judged(completion, start + i)
@@ -279,8 +283,9 @@ def infill(
 ) -> list[tuple[str, float]]:
     """Rank the elements that could replace one element of a crystal, most likely first.
 
-    The model scores the crystal's text once for each candidate: its log-probability is the model's belief in the
-    whole crystal with that element in place (the candidate's own text, so its canonical order and origin).
+    The model scores the crystal's text once for each candidate: its log-probability is the model's belief in
+    the whole crystal with that element in place (the candidate's own text, so its canonical order and
+    origin).
 
     Args:
         crystal: The crystal; its structure stays as it is.
@@ -311,8 +316,8 @@ def infill(
     scored = asked.engine.complete([Prompt(unconditional, text) for text in texts], sampling)
     logs = np.array([c.log_probability for c in scored])
     weights = np.exp(logs - logs.max())
-    ranked = sorted(zip(tried, weights / weights.sum(), strict=True), key=lambda pair: -pair[1])
-    return [(symbol, float(p)) for symbol, p in ranked]
+    best_first = sorted(zip(tried, weights / weights.sum(), strict=True), key=lambda pair: -pair[1])
+    return [(symbol, float(p)) for symbol, p in best_first]
 
 
 def asked_positions(model: Model) -> int:
@@ -350,10 +355,10 @@ def complete_crystal(
 def ranked(samples: Iterable[Sample]) -> list[Sample]:
     """Return candidates for one composition, best first: what the model says most often, then most surely.
 
-    Samples that agree in composition, space group and sites are one structure type; types stand in the order of
-    their counts, each first with its most probable member. The other members follow, one for each different
-    geometry (lengths to 1 angstrom, coordinates to 0.1); the rest, near copies, come last. Unparsed samples
-    are left out.
+    Samples that agree in composition, space group and sites are one structure type; types stand in the order
+    of their counts, each first with its most probable member. The other members follow, one for each
+    different geometry (lengths to 1 angstrom, coordinates to 0.1); the rest, near copies, come last. Unparsed
+    samples are left out.
     """
     found = sorted((s for s in samples if s.structure is not None), key=lambda s: -s.log_probability)
     counts = Counter(_without_numbers(s.text) for s in found)
