@@ -111,6 +111,12 @@ class CorpusRecipe:
             )
         if not 0 <= self.other_description_probability <= 1:
             raise ValueError("other_description_probability must be in [0, 1]")
+        if min(self.substitutes, self.substituted_epochs) < 0:
+            raise ValueError("substitutes and substituted_epochs must not be negative")
+        if self.substitutes and self.encoding.format != "wyckoff":
+            raise ValueError(
+                f"substitutes need the format 'wyckoff', got '{self.encoding.format}'; set substitutes: 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -360,11 +366,13 @@ def export_arrays(folder: str | Path, path: str | Path, *, manifest: Mapping[str
 def check_splits(folder: str | Path) -> None:
     """Check in the shards themselves that no reduced composition stands in two splits.
 
+    Substitutes stand on the side of the training crystals.
+
     Raises:
         UserError: Naming compositions that do.
     """
     folder = Path(folder)
-    shards = [shard for split in SPLITS for shard in shards_of(folder, split)]
+    shards = [shard for split in (*SPLITS, SUBSTITUTED) for shard in shards_of(folder, split)]
     shared = shared_compositions(shards, folder / ".check.sqlite")
     if shared:
         raise UserError(
@@ -566,7 +574,7 @@ class _ShardWriter:
 def _write_shards(
     index: SplitIndex, work: Path, out: Path, *, n_parts: int, shard_rows: int
 ) -> dict[str, int]:
-    for old in [shard for split in SPLITS for shard in out.glob(f"{split}-*")]:
+    for old in [shard for split in (*SPLITS, SUBSTITUTED) for shard in out.glob(f"{split}-*")]:
         old.unlink()
     writers = {split: _ShardWriter(out, split, shard_rows) for split in SPLITS}
     for part in range(n_parts):

@@ -81,7 +81,8 @@ def add_substitutes(
             if encoded.text not in seen and encoded.composition not in held_out:
                 seen.add(encoded.text)
                 kept.append(encoded)
-        write_rows(folder / f"{SUBSTITUTED}-{number:05d}.parquet", kept, SUBSTITUTED)
+        # their side of the split, which check_splits reads
+        write_rows(folder / f"{SUBSTITUTED}-{number:05d}.parquet", kept, "train")
         count += len(kept)
     return count
 
