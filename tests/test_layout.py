@@ -25,10 +25,10 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Library -> where it may be imported, at the top of a module or inside a function.
 HOMES = {
     "torch": (
-        "models/", "engines/transformers_local.py", "engines/vllm", "tokens/tokenizer.py",
+        "models/", "engines/transformers_local.py", "engines/cache.py", "engines/vllm", "tokens/tokenizer.py",
         "tokens/masking.py", "structures/tensors.py", "structures/relaxation.py",
     ),
-    "transformers": ("models/", "engines/transformers_local.py", "tokens/tokenizer.py"),
+    "transformers": ("models/", "engines/transformers_local.py", "engines/cache.py", "tokens/tokenizer.py"),
     "tokenizers": ("tokens/tokenizer.py",),
     "datasets": ("tokens/corpus.py",),
     "accelerate": ("models/",),
@@ -46,7 +46,13 @@ HOMES = {
     "pandas": (),
 }  # fmt: skip
 # Where torch may be imported at the top of a module: what is only ever imported to compute with it.
-TORCH_AT_THE_TOP = ("models/", "engines/transformers_local.py", "engines/vllm", "tokens/masking.py")
+TORCH_AT_THE_TOP = (
+    "models/",
+    "engines/transformers_local.py",
+    "engines/cache.py",
+    "engines/vllm",
+    "tokens/masking.py",
+)
 PUBLIC_NAMES_AT_MOST = 15
 
 

@@ -1,4 +1,4 @@
-"""README.md is run, not copied: its commands and its Python, in a fresh folder, with the model at hand."""
+"""README.md is run, not copied: its commands and its Python, in a fresh folder, with the shipped model."""
 
 import re
 import shlex
@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from crystallm_kit import generation
 from crystallm_kit.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHIPPED = (ROOT / "crystallm_kit" / "pretrained" / "config.json").is_file()
 
 
 def blocks(language: str, *, marked: bool | None = None) -> list[str]:
@@ -26,14 +24,9 @@ COMMANDS = [line for block in blocks("sh", marked=True) for line in block.splitl
 
 
 @pytest.fixture
-def model(toy_model, tmp_path, monkeypatch):
-    """Work in a fresh folder, with the shipped model, or a toy model in its place before it is there."""
+def fresh_folder(tmp_path, monkeypatch):
+    """Work in a fresh folder."""
     monkeypatch.chdir(tmp_path)
-    if not SHIPPED:
-        monkeypatch.setattr(generation, "shipped_model_folder", lambda: toy_model)
-    generation._shipped_model.cache_clear()
-    yield
-    generation._shipped_model.cache_clear()
 
 
 def test_there_are_commands_to_run():
@@ -42,13 +35,13 @@ def test_there_are_commands_to_run():
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_does_what_it_says(command, model):
+def test_a_command_of_the_readme_does_what_it_says(command, fresh_folder):
     program, *arguments = shlex.split(command)
     assert program == "crystallm-kit"
     assert main(arguments) == 0
 
 
-def test_the_python_of_the_readme_runs(model, capsys):
+def test_the_python_of_the_readme_runs(fresh_folder, capsys):
     exec(compile(blocks("python", marked=True)[0], "README.md", "exec"), {})
     printed = capsys.readouterr().out
     assert "Verdict(valid=True" in printed
