@@ -523,10 +523,14 @@ def symmetric_crystal(
         max_merge_angstrom: Largest shift of an atom at which a pseudo-translation may still shrink the cell.
 
     Raises:
-        EncodeError: If no symmetry is found, or the found one merges cells that differ by more than allowed.
+        EncodeError: If no symmetry is found, or what is found merges atoms that coincide, or cells that
+            differ by more than allowed.
     """
     found = dataset(structure, symprec_angstrom)
     primitive, standard = found.prim_std_cell, np.array(found.std_cell.basis)
+    cells = structure.volume / abs(float(np.linalg.det(np.array(primitive.basis))))
+    if abs(cells * len(primitive.positions) - len(structure)) > 0.5:
+        raise EncodeError(f"at {symprec_angstrom} angstrom the symmetry search merges atoms that coincide")
     if len(primitive.positions) < len(structure) and _largest_shift(structure, found) > max_merge_angstrom:
         raise EncodeError(f"at {symprec_angstrom} angstrom the symmetry search merges cells that differ")
     group = space_group(int(found.number))

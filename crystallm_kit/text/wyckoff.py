@@ -84,11 +84,12 @@ TOKENS = (
     *KIT_TEMPLATE_TOKENS,
 )
 
-_ELEMENT_COUNT = re.compile(r"([A-Z][a-z]?)(\d{1,2}) ")
-_HEADER = re.compile(r"((?:[A-Z][a-z]?\d{1,2} )+)(\d{1,3})")
+# [0-9]: \d takes the digits of every script.
+_ELEMENT_COUNT = re.compile(r"([A-Z][a-z]?)([0-9]{1,2}) ")
+_HEADER = re.compile(r"((?:[A-Z][a-z]?[0-9]{1,2} )+)([0-9]{1,3})")
 _SITE = re.compile(r"([A-Z][a-z]?) ([a-zA])")
-_LENGTH = re.compile(r"\d{1,3}\.\d\d")
-_COORDINATE = re.compile(r"\.\d{4}")
+_LENGTH = re.compile(r"[0-9]{1,3}\.[0-9]{2}")
+_COORDINATE = re.compile(r"\.[0-9]{4}")
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,8 @@ class WyckoffRepresentation:
     def decode(self, text: str) -> Crystal:
         """Return the crystal of a text: its standard primitive cell.
 
-        `properties` carries the stated spacegroup_number. Raises ParseError.
+        `properties` carries the stated spacegroup_number. Raises ParseError, as text_to_symmetric does, or
+        with the reason cell if the lattice parameters span none.
         """
         symmetric = text_to_symmetric(text)
         structure = expand(symmetric)
@@ -188,7 +190,7 @@ def text_to_symmetric(text: str) -> SymmetricCrystal:
 
     Raises:
         ParseError: With the line and one of the reasons no_end, header, element, spacegroup, site, letter,
-            letter_repeated, composition, lattice, too_few_numbers, too_many_numbers, cell.
+            letter_repeated, composition, number, too_few_numbers, too_many_numbers.
     """
     lines = text.split("\n")
     if len(lines) < 3 or not (lines[-1] == END or lines[-1].endswith(f" {END}")):

@@ -66,7 +66,7 @@ def crystals() -> dict[str, Structure]:
         ),
         "spinel A2BC4_cF56_227_d_a_e": prototype(
             227, Lattice.cubic(8.08), ["Mg", "Al", "O"],
-            [[0.125, 0.125, 0.125], [0.5, 0.5, 0.5], [0.2624, 0.2624, 0.2624]],
+            [[0, 0, 0], [0.625, 0.625, 0.625], [0.3874, 0.3874, 0.3874]],  # about -43m
         ),
         "baddeleyite A2B_mP12_14_2e_e": prototype(
             14, Lattice.monoclinic(5.169, 5.232, 5.341, 99.2), ["Zr", "O", "O"],
@@ -369,7 +369,11 @@ def test_pseudo_translations_are_not_merged_beyond_what_is_allowed():
     assert len(expand(symmetric_crystal(structure, 0.001, 0.01))) == 2
 
 
-def test_a_collapsed_cell_is_refused():
+def test_atoms_that_coincide_are_not_merged():
+    """moyo takes two atoms of one element at one place for one, so that the crystal lost an atom."""
+    points = [[0.1, 0.2, 0.3], [0.1, 0.2, 0.3], [0.6, 0.5, 0.5]]
+    with pytest.raises(EncodeError, match="coincide"):
+        symmetric_crystal(Structure(Lattice.orthorhombic(4, 5, 6), ["Cu", "Cu", "O"], points))
     with pytest.raises(EncodeError, match="no symmetry found"):
         symmetric_crystal(Structure(Lattice.cubic(3), ["Cu", "Cu"], [[0, 0, 0], [0, 0, 0]]))
 
