@@ -73,8 +73,8 @@ def test_a_rate_prints_its_interval_and_counts():
 def test_distances_are_those_of_pymatgen_at_the_tolerances_of_the_protocol():
     truth = rock_salt()
     tried = [
-        rock_salt(), moved(rock_salt(), 0.2), rock_salt(6.5), truth.get_primitive_structure(), caesium_chloride(),
-        rock_salt(anion="Br"), moved(rock_salt(), 0.6),
+        rock_salt(), moved(rock_salt(), 0.2), rock_salt(6.5), truth.get_primitive_structure(),
+        caesium_chloride(), rock_salt(anion="Br"), moved(rock_salt(), 0.6),
     ]  # fmt: skip
     found = rms_distances(tried, truth)
     matcher = StructureMatcher(ltol=0.3, stol=0.5, angle_tol=10)

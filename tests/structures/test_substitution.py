@@ -1,4 +1,4 @@
-"""Replacing elements: what counts as alike is in the data, the volume fits, and nothing impossible is made."""
+"""Replacing elements: likeness comes from the data, the volume fits, and nothing impossible is made."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from crystallm_kit.structures.substitution import (
 from crystallm_kit.structures.symmetry import Site, SymmetricCrystal, expand
 from crystallm_kit.text.wyckoff import symmetric_to_text, text_to_symmetric
 
-NA, CL, K, BR, RB, CA, TI, O, SR, BA = 11, 17, 19, 35, 37, 20, 22, 8, 38, 56
+NA, CL, K, BR, RB, CA, TI, OXYGEN, SR, BA = 11, 17, 19, 35, 37, 20, 22, 8, 38, 56
 # Cell lengths in angstrom: Wyckoff, Crystal Structures (1963), rounded.
 ROCK_SALTS = {"Na1 Cl1": 5.64, "K1 Cl1": 6.29, "Na1 Br1": 5.97, "K1 Br1": 6.60, "Rb1 Br1": 6.85}
 PEROVSKITES = {"Ca1 Ti1 O3": 3.84, "Sr1 Ti1 O3": 3.91, "Ba1 Ti1 O3": 4.01}
@@ -43,7 +43,7 @@ def symbols_of(crystal):
 
 
 def test_elements_are_alike_where_one_stands_for_the_other():
-    """By hand: beside Cl stand Na and K; beside Br Na, K and Rb, each half for each other; columns add 0.1."""
+    """By hand: Na and K stand beside Cl; Na, K and Rb beside Br, half for each other; columns add 0.1."""
     counts = learn_substitutions(SALTS).counts
     assert counts[NA, K] == pytest.approx(1 + 0.5 + 0.1)
     assert counts[K, RB] == pytest.approx(0.5 + 0.1)
@@ -73,7 +73,7 @@ def test_volumes_of_atoms_add_up_to_those_of_the_cells():
         SALTS[0],
         text_to_symmetric("Ti2 O4 136\nTi a\nO f\n4.59 2.96 .3053 end"),
         SymmetricCrystal(2, (5.0, 6.0, 7.0, 80.0, 95.0, 105.0), (Site(NA, "i", (0.1, 0.2, 0.3)),)),
-        SymmetricCrystal(167, (4.76, 12.99), (Site(13, "c", (0.3523,)), Site(O, "e", (0.3064,)))),
+        SymmetricCrystal(167, (4.76, 12.99), (Site(13, "c", (0.3523,)), Site(OXYGEN, "e", (0.3064,)))),
     ],
 )
 def test_the_volume_is_that_of_the_expanded_cell(crystal):
