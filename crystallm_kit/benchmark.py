@@ -1,44 +1,56 @@
 """What a model is worth, measured: the numbers of the model card, each by one command.
 
     python -m crystallm_kit.benchmark predict TARGETS.parquet --targets 500 --samples 60
+    python -m crystallm_kit.benchmark predict TARGETS.parquet --condition e_above_hull=0
     python -m crystallm_kit.benchmark unconditional -n 2000
     python -m crystallm_kit.benchmark constrained TARGETS.parquet -n 10000
     python -m crystallm_kit.benchmark obeyed TARGETS.parquet --targets 500
     python -m crystallm_kit.benchmark facts corpus/ MODEL
 
-`predict` asks for each target's composition (atoms of its primitive cell, nothing else) and matches the candidates
-with the truth, in the order in which they were drawn and in the order of `generation.ranked`.
+`predict` asks for each target's composition (atoms of its primitive cell, and what --condition adds for all)
+and matches the candidates with the truth, in the order in which they were drawn and in the order of
+`generation.ranked`.
 
 Not here: what matches (scores/matching.py), what is valid (scores/validity.py).
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 
-from pymatgen.core import Structure
+from pymatgen.core import Composition, Structure
 
 from crystallm_kit.engines.engine import Sampling
+from crystallm_kit.errors import EmptyInput, ImpossibleRequest, UserError
 from crystallm_kit.generation import Model, load_model, ranked, stream
-from crystallm_kit.records import Conditions, Crystal, Sample
+from crystallm_kit.records import Conditions, Crystal, Range, Sample
 from crystallm_kit.scores.funnel import Funnel, funnel, mark_duplicates
 from crystallm_kit.scores.matching import MatchRate, match_rate, rms_distances
 from crystallm_kit.structures.files import read
 from crystallm_kit.structures.symmetry import spacegroup_number
+from crystallm_kit.text.conditions import parse_conditions
 
 KS = (1, 5, 20)
+_JOBS_OF_A_TASK = 4
 
 
 def predict(
-    targets: Sequence[Crystal], model: Model, *, n_samples: int, seed: int = 0, sampling: Sampling | None = None
+    targets: Sequence[Crystal],
+    model: Model,
+    *,
+    n_samples: int,
+    seed: int = 0,
+    sampling: Sampling | None = None,
+    properties: Mapping[str, Range] | None = None,
 ) -> dict[str, list[MatchRate]]:
     """Return match rates given the composition alone, for candidates as drawn and as ranked.
 
@@ -48,8 +60,18 @@ def predict(
         n_samples: Candidates drawn for each target; rankings choose among these.
         seed: Of the draws.
         sampling: How tokens are drawn.
+        properties: Asked of every target's candidates besides the composition.
+
+    Returns:
+        "as drawn" and "ranked" -> match rates for each k of KS that n_samples reaches.
+
+    Raises:
+        EmptyInput: Without targets or samples.
     """
-    requests = [composition_of(t) for t in targets for _ in range(n_samples)]
+    if not targets or n_samples < 1:
+        raise EmptyInput(f"predict: {len(targets)} targets, {n_samples} samples each, so no rate")
+    asked = [dataclasses.replace(composition_of(t), properties=properties or {}) for t in targets]
+    requests = [conditions for conditions in asked for _ in range(n_samples)]
     samples = list(stream(requests, seed=seed, model=model, sampling=sampling))
     drawn = [samples[i * n_samples : (i + 1) * n_samples] for i in range(len(targets))]
     best = [ranked(candidates)[: max(KS)] for candidates in drawn]
@@ -58,12 +80,14 @@ def predict(
         for kind in ([d[: max(KS)] for d in drawn], best)
         for candidates, target in zip(kind, targets, strict=True)
     ]
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
-        distances = list(pool.map(_distances, jobs, chunksize=4))
+    workers = min(os.cpu_count() or 1, -(-len(jobs) // _JOBS_OF_A_TASK))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        distances = list(pool.map(_distances, jobs, chunksize=_JOBS_OF_A_TASK))
     first, second = distances[: len(targets)], distances[len(targets) :]
+    reached = [k for k in KS if k <= n_samples]
     return {
-        "as drawn": [match_rate(first, k) for k in KS],
-        "ranked": [match_rate(second, k) for k in KS],
+        "as drawn": [match_rate(first, k) for k in reached],
+        "ranked": [match_rate(second, k) for k in reached],
     }
 
 
@@ -73,13 +97,23 @@ def _distances(job: tuple[list[Structure], Structure]) -> list[float | None]:
 
 def composition_of(crystal: Crystal) -> Conditions:
     """Return the conditions that ask for the atoms of a crystal's cell, and nothing else."""
-    counts = {str(e): round(n) for e, n in crystal.structure.composition.get_el_amt_dict().items()}
+    counts = _atoms(crystal.structure.composition)
     return Conditions(formula=counts, n_sites=sum(counts.values()))
 
 
+def _atoms(composition: Composition) -> dict[str, int]:
+    return {str(element): round(n) for element, n in composition.get_el_amt_dict().items()}
+
+
 def constrained_run(targets: Iterable[Crystal], model: Model, *, n: int, seed: int = 0) -> dict[str, int]:
-    """Return counts over n constrained samples, one composition after the other: finished, parsed, as asked."""
+    """Return counts over n constrained samples, one composition after the other: finished, parsed, as asked.
+
+    Raises:
+        EmptyInput: Without targets.
+    """
     wanted = [composition_of(t) for t in targets]
+    if not wanted:
+        raise EmptyInput("constrained: no targets, so nothing to ask for")
     requests = [wanted[i % len(wanted)] for i in range(n)]
     counts = {"requested": n, "finished": 0, "parsed": 0, "composition as asked": 0}
     for request, sample in zip(requests, stream(requests, seed=seed, model=model, redraws=0), strict=True):
@@ -87,18 +121,22 @@ def constrained_run(targets: Iterable[Crystal], model: Model, *, n: int, seed: i
         if sample.structure is None:
             continue
         counts["parsed"] += 1
-        found = {str(e): round(x) for e, x in sample.structure.composition.get_el_amt_dict().items()}
-        counts["composition as asked"] += found == dict(request.formula or {})
+        counts["composition as asked"] += _atoms(sample.structure.composition) == dict(request.formula or {})
     return counts
 
 
 def obeyed(targets: Iterable[Crystal], model: Model, *, seed: int = 0) -> dict[str, int]:
-    """Return how often composition and space group, asked together, are found in the sample."""
+    """Return how often composition and space group, asked together, are found in the sample.
+
+    Raises:
+        ImpossibleRequest: If a target is a molecule.
+    """
     requests = []
     for target in targets:
         asked = composition_of(target)
-        number = spacegroup_number(target.structure)
-        requests.append(Conditions(formula=asked.formula, n_sites=asked.n_sites, spacegroup_number=number))
+        if not isinstance(target.structure, Structure):
+            raise ImpossibleRequest(f"{target.id}: a molecule; only crystals have a space group")
+        requests.append(dataclasses.replace(asked, spacegroup_number=spacegroup_number(target.structure)))
     samples = list(stream(requests, seed=seed, model=model))
     return {
         "requested": len(samples),
@@ -109,9 +147,10 @@ def obeyed(targets: Iterable[Crystal], model: Model, *, seed: int = 0) -> dict[s
 
 
 def unconditional(model: Model, *, n: int, seed: int = 0, redraws: int = 3) -> tuple[Funnel, float]:
-    """Return the funnel of n unconditional samples, and the seconds from the first request to the last verdict."""
+    """Return the funnel of n unconditional samples, and the seconds from first request to last verdict."""
     begun = time.perf_counter()
-    samples: list[Sample] = mark_duplicates(stream([Conditions()] * n, seed=seed, model=model, redraws=redraws))
+    drawn = stream([Conditions()] * n, seed=seed, model=model, redraws=redraws)
+    samples: list[Sample] = mark_duplicates(drawn)
     return funnel(samples), time.perf_counter() - begun
 
 
@@ -120,14 +159,20 @@ def write_facts(corpus: str | Path, model: str | Path) -> dict[str, object]:
     import pyarrow.parquet as pq
 
     seen: set[str] = set()
+    max_sites = 0
     for shard in sorted(Path(corpus).glob("train-*.parquet")):
         for text in pq.read_table(shard, columns=["text"])["text"].to_pylist():
-            seen.update(re.findall(r"([A-Z][a-z]?)\d", text.partition("\n")[0]))
+            counts = re.findall(r"([A-Z][a-z]?)(\d+)", text.partition("\n")[0])
+            seen.update(element for element, _ in counts)
+            max_sites = max(max_sites, sum(int(n) for _, n in counts))
+    if not seen:
+        raise EmptyInput(f"{corpus}: no training crystals; expected a corpus of the format 'wyckoff'")
     path = Path(model) / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
-    manifest["results"] |= {"elements": sorted(seen), "max_sites": 24}
-    path.write_text(json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
-    return {"elements": len(seen), "max_sites": 24}
+    manifest["results"] |= {"elements": sorted(seen), "max_sites": max_sites}
+    plain = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(plain + "\n", encoding="utf-8")
+    return {"elements": len(seen), "max_sites": max_sites}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -141,6 +186,10 @@ def main(arguments: list[str] | None = None) -> int:
         verbs.choices[name].add_argument("--targets", type=int, default=500, help="the first of the file")
     verbs.choices["predict"].add_argument("--samples", type=int, default=60, help="drawn for each target")
     verbs.choices["predict"].add_argument("--number-temperature", type=float, default=None)
+    verbs.choices["predict"].add_argument(
+        "--condition", action="append", default=[], metavar="NAME=VALUE",
+        help="a property asked of every candidate, such as e_above_hull=0; may be repeated",
+    )  # fmt: skip
     verbs.choices["constrained"].add_argument("-n", type=int, default=10_000)
     verb = verbs.add_parser("unconditional")
     verb.add_argument("-n", type=int, default=2000)
@@ -156,12 +205,16 @@ def main(arguments: list[str] | None = None) -> int:
     if options.verb == "facts":
         print(json.dumps(write_facts(options.corpus, options.folder)))
         return 0
+    properties = _properties(options.condition) if options.verb == "predict" else {}
     model = load_model(options.model, batch_size=options.batch_size)
     begun = time.perf_counter()
     if options.verb == "predict":
         targets = list(islice(read(options.data), options.targets))
         sampling = Sampling(number_temperature=options.number_temperature)
-        found = predict(targets, model, n_samples=options.samples, seed=options.seed, sampling=sampling)
+        found = predict(
+            targets, model, n_samples=options.samples, seed=options.seed, sampling=sampling,
+            properties=properties,
+        )  # fmt: skip
         for order, rates in found.items():
             for rate in rates:
                 print(f"n={rate.k:<3} {order:<9} {rate}")
@@ -172,9 +225,18 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         counts, seconds = unconditional(model, n=options.n, seed=options.seed, redraws=options.redraws)
         print("\n".join(counts.lines()))
-        print(f"{counts.requested / seconds:.1f} samples/s, {counts.charge / seconds:.1f} valid/s, {seconds:.1f} s")
+        speeds = (counts.requested / seconds, counts.charge / seconds)
+        print(f"{speeds[0]:.1f} samples/s, {speeds[1]:.1f} valid/s, {seconds:.1f} s")
     print(f"{time.perf_counter() - begun:.0f} s", file=sys.stderr)
     return 0
+
+
+def _properties(entries: Sequence[str]) -> Mapping[str, Range]:
+    """Return the properties that "name=value" entries ask for. Raises UserError if one is no property."""
+    conditions = parse_conditions(properties=entries)
+    if conditions != Conditions(properties=conditions.properties):
+        raise UserError(f"--condition {' '.join(entries)}: only properties can be asked of every target")
+    return conditions.properties
 
 
 if __name__ == "__main__":
