@@ -447,9 +447,8 @@ def _finish(
         }
     _show(options, judged, facts)
     if not options.json:
-        print(
-            f"\n{_count(len(judged), 'sample')} in {seconds:.1f} s; seed {options.seed}, protocol {options.protocol}"
-        )
+        took = f"{_count(len(judged), 'sample')} in {seconds:.1f} s"
+        print(f"\n{took}; seed {options.seed}, protocol {options.protocol}")
         if written.structures is None:
             print("no valid crystal")
         else:

@@ -1,33 +1,34 @@
 """Which tokens may come next, for a batch of growing `wyckoff` texts.
 
 What holds for every sample that ends, by construction: the format's grammar; sites that add up to the stated
-composition; the composition, elements, number of sites and space group that were asked for; a letter without free
-coordinates used once; a cell with a volume. The end stays reachable from every state that a mask lets through, so
-no sample is lost to a dead end.
+composition; the composition, elements, number of sites and space group that were asked for; a letter without
+free coordinates used once; a cell with a volume. The end stays reachable from every state that a mask lets
+through, so no sample is lost to a dead end.
 
-How: everything is data. Per space group a few small integer tables; per sample a few integer counters that one call
-of `advance` moves for the whole batch with array operations. Nothing loops over samples or over tokens, nothing asks
-Python what comes next, so the same code runs on a GPU beside the model.
+How: everything is data. Per space group a few small integer tables; per sample a few integer counters that
+one call of `advance` moves for the whole batch with array operations. Nothing loops over samples or over
+tokens, nothing asks Python what comes next, so the same code runs on a GPU beside the model.
 
-The arithmetic that keeps the end reachable. A space group offers letters with free coordinates without limit, and
-letters without any (fixed letters) once each. Fixed letters of one multiplicity are alike, so what is used of them is
-a small vector of counts, one per multiplicity: at most 27 such vectors in any group, so a set of them is one integer,
-and 112 different tables serve 230 groups. Elements compete for fixed letters. What a composition can use of them, and
-what it must leave, are such sets, and both grow by one rule:
+The arithmetic that keeps the end reachable. A space group offers letters with free coordinates without limit,
+and letters without any (fixed letters) once each. Fixed letters of one multiplicity are alike, so what is
+used of them is a small vector of counts, one per multiplicity: at most 27 such vectors in any group, so a set
+of them is one integer, and 112 different tables serve 230 groups. Elements compete for fixed letters. What a
+composition can use of them, and what it must leave, are such sets, and both grow by one rule:
     after an element with n atoms, set -> { u + v : u in set, v a vector with which n atoms can be placed }
-where "placed" means: on exactly the fixed letters v, the rest on free letters. `sums[s, n, u]` holds the inner set. From
-the first element on it tells which fixed letters can be in use (while the composition is being written); from the last
-element back, which must be left for the elements to come (while sites are being written). A count, a space group or
-a letter is let through if something stays possible.
+where "placed" means: on exactly the fixed letters v, the rest on free letters. `sums[s, n, u]` holds the
+inner set. From the first element on it tells which fixed letters can be in use (while the composition is
+being written); from the last element back, which must be left for the elements to come (while sites are being
+written). A count, a space group or a letter is let through if something stays possible.
 
     >>> constraint = WyckoffConstraint([compile_request(Conditions(formula={"Na": 1, "Cl": 1}))] * 8)
     >>> logits_BV.masked_fill_(~constraint.mask(), -inf); constraint.advance(drawn_B)
 
-Not here: sampling (engines/); distances between atoms, which validation checks afterwards (scores/validity.py).
+Not here: sampling (engines/); distances between atoms, which validation checks afterwards
+(scores/validity.py).
 """
 
-# Shape legend: B batch, b some of it, V vocabulary, S signature of a group, N count 0-99, C fixed-letter vectors,
-# L letters, E elements of one composition, K tracked groups, A count plans, G space groups.
+# Shape legend: B batch, b some of it, V vocabulary, S signature of a group, N count 0-99, C fixed-letter
+# vectors, L letters, E elements of one composition, K tracked groups, A count plans, G space groups.
 
 import functools
 import itertools
@@ -54,13 +55,14 @@ MAX_SITES = 64  # atoms in the primitive cell, unless a request says otherwise
 N_COUNTS = format_.MAX_COUNT + 1
 N_LETTERS = len(LETTERS)
 _CENTERING = {"P": 1, "A": 2, "C": 2, "I": 2, "F": 4, "R": 3}
-# Every cubic space group has one of these as a subgroup with the same primitive cell, so what they cannot hold, no
-# cubic group can. In every other crystal system a group with a free letter of multiplicity 1 holds anything.
+# Every cubic space group has one of these as a subgroup with the same primitive cell, so what they cannot
+# hold, no cubic group can. In every other crystal system a group with a free letter of multiplicity 1 holds
+# anything.
 _CUBIC_WITNESSES = (195, 196, 197, 198, 199)
 _MAX_ORDERS = 2_520  # of the counts of an anonymous formula; seven elements, two of one count
 
-HEADER_ELEMENT, HEADER_COUNT, SITE_ELEMENT, SITE_LETTER, LATTICE_INTEGER, LATTICE_PAIR, COORDINATE, COORDINATE_PAIR, \
-    ENDING, DONE = range(10)  # fmt: skip
+HEADER_ELEMENT, HEADER_COUNT, SITE_ELEMENT, SITE_LETTER, LATTICE_INTEGER, LATTICE_PAIR, COORDINATE, \
+    COORDINATE_PAIR, ENDING, DONE = range(10)  # fmt: skip
 _LENGTH_RANGE = (1, 199)  # angstrom
 _ANGLE_RANGE = (30, 149)  # degree
 
@@ -133,7 +135,8 @@ def _tables() -> _Tables:
                 if total is None:
                     continue
                 sums[s, :, j] |= placed.astype(np.int64) << total
-                # Used u, then v more: n atoms are sum(v) orbits on fixed letters and the most there can be on free ones.
+                # Used u, then v more: n atoms are sum(v) orbits on fixed letters and the most there can be on
+                # free ones.
                 parts = np.where(placed, with_vector[i] + sum(v), -1)  # (N,)
                 enough[s] |= (parts[:, None] >= np.arange(MAX_ELEMENTS + 1)).astype(np.int64) << j
         for row in np.flatnonzero(signature == s).tolist():
@@ -193,7 +196,8 @@ def compile_request(
 
     Args:
         conditions: What is wanted.
-        known_elements: Elements that may occur where the conditions leave it open: those a model was trained on.
+        known_elements: Elements that may occur where the conditions leave it open: those a model was trained
+            on.
         max_sites: Most atoms in the primitive cell where the conditions leave it open.
 
     Raises:
@@ -234,7 +238,7 @@ def compile_request(
 
 
 def _pattern(conditions: Conditions) -> tuple[int, ...] | None:
-    """Return the smallest counts, in element order for a formula, in increasing order for an anonymous one."""
+    """Return the smallest counts, in element order for a formula, increasing for an anonymous one."""
     if conditions.formula is not None:
         counts = [conditions.formula[e] for e in sorted(conditions.formula, key=RANK.__getitem__)]
     elif conditions.anonymous_formula is not None:
@@ -270,7 +274,8 @@ def _plans(
     if not sizes:
         names = "".join(f"{s}{n if n > 1 else ''}" for s, n in (conditions.formula or {}).items())
         raise ImpossibleRequest(
-            f"{names or conditions.anonymous_formula} in {_names(groups) if groups else 'any space group'} with "
+            f"{names or conditions.anonymous_formula} in "
+            f"{_names(groups) if groups else 'any space group'} with "
             f"{f'{n_sites} sites' if n_sites else f'at most {limit} sites'}: "
             "no assignment of Wyckoff positions adds up"
         )
@@ -279,7 +284,10 @@ def _plans(
 
 
 def _orders(pattern: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Return the different orders of some counts, increasing. Raises ImpossibleRequest if they are too many."""
+    """Return the different orders of some counts, increasing.
+
+    Raises ImpossibleRequest if they are too many.
+    """
     n_orders = math.factorial(len(pattern))
     for repeats in Counter(pattern).values():
         n_orders //= math.factorial(repeats)
@@ -304,7 +312,9 @@ def _witnesses(groups: Sequence[int]) -> tuple[int, ...]:
 
 
 def can_hold(spacegroup_number: int, counts: Sequence[int]) -> bool:
-    """Tell whether a space group's Wyckoff positions can hold these atoms of each element in a primitive cell."""
+    """Tell whether a space group's Wyckoff positions can hold these atoms of each element in a primitive
+    cell.
+    """
     t = _tables()
     s = t.signature[spacegroup_number - 1]
     used = 1
@@ -316,7 +326,9 @@ def can_hold(spacegroup_number: int, counts: Sequence[int]) -> bool:
 
 
 def _can_fill(groups: Sequence[int], n_sites: int, limit: int, n_elements: int) -> bool:
-    """Tell whether one of the groups holds n_sites atoms (0: any number up to limit) of so many elements or more."""
+    """Tell whether one of the groups holds n_sites atoms (0: any number up to limit) of so many elements or
+    more.
+    """
     t = _tables()
     counts = [n_sites] if n_sites else range(1, limit + 1)
     return any(
@@ -329,8 +341,8 @@ def _can_fill(groups: Sequence[int], n_sites: int, limit: int, n_elements: int) 
 class WyckoffConstraint:
     """The state of a batch, and the mask of what may come next.
 
-    Every sample starts at the first token of its text, behind its prompt. A given beginning (a partly known crystal)
-    is fed through `advance`.
+    Every sample starts at the first token of its text, behind its prompt. A given beginning (a partly known
+    crystal) is fed through `advance`.
 
     Args:
         requests: One per sample.
@@ -635,7 +647,9 @@ class WyckoffConstraint:
         self.mode[rows] = SITE_LETTER
 
     def _after_this_letter(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (b, L): atoms still missing after each letter, and the fixed letters left (C where impossible)."""
+        """Return (b, L): atoms still missing after each letter, and the fixed letters left (C where
+        impossible).
+        """
         group = self.group[rows]
         left = (
             self._t.left_after[group]
@@ -713,7 +727,7 @@ class WyckoffConstraint:
 
 
 def _union(sets: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """Return the union of sums[..., u] over the members u of each set; sets (...), sums (..., C), both int64."""
+    """Return the union of sums[..., u] over the members u of each set; int64 sets (...), sums (..., C)."""
     out = torch.zeros_like(sets)
     for u in range(sums.shape[-1]):
         out |= -(sets >> u & 1) & sums[..., u]
@@ -801,7 +815,7 @@ def _token_tables(device: str, vocabulary_size: int) -> _TokenTables:
         DONE: only([format_.PAD]),
     }
     return _TokenTables(
-        element=ids["element"], count=ids["count"], group=ids["group"], letter=ids["letter"], integer=ids["integer"],
-        rank_of=meaning["element"], count_of=meaning["count"], group_of=meaning["group"], letter_of=meaning["letter"],
-        integer_of=meaning["integer"], constant=constant,
+        element=ids["element"], count=ids["count"], group=ids["group"], letter=ids["letter"],
+        integer=ids["integer"], rank_of=meaning["element"], count_of=meaning["count"],
+        group_of=meaning["group"], letter_of=meaning["letter"], integer_of=meaning["integer"], constant=constant,
     )  # fmt: skip
