@@ -7,7 +7,9 @@ depend on how prompts fall into batches (up to rounding of the logits).
 Not here: other engines (engine.py has the table); vLLM, which batches better and serves many users.
 """
 
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -33,20 +35,30 @@ class TransformersEngine:
     Args:
         model: A causal LM; moved to `device` as it is.
         tokenizer: Its tokenizer; the end token is `tokenizer.eos_token_id`.
-        batch_size: Samples at a time.
+        batch_size: Samples in a batch.
         device: Default: cuda where there is one.
+        threads: Batches at a time; default: one on a GPU, and on a CPU as many as torch leaves cores free. On
+            small models, batches side by side use two cores better than one batch whose matrices are split.
     """
 
     name = "transformers"
     steerable = True
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, batch_size: int = 256, device: str | torch.device | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int = 256,
+        device: str | torch.device | None = None,
+        threads: int | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device).eval()
         self.tokenizer = tokenizer
         self.batch_size = batch_size
+        free = 1 if self.device.type != "cpu" else (os.cpu_count() or 1) // torch.get_num_threads()
+        self.threads = threads or max(1, free)
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Completion]:
         """Yield one completion for each prompt, in order, as soon as all before it are there.
@@ -70,14 +82,23 @@ class TransformersEngine:
         )
         ready: dict[int, Completion] = {}
         following = 0
-        for rows in self._batches(order, ids, prompts):
-            for completion in self._complete_batch(
-                rows, [ids[i] for i in rows], [given[i] for i in rows], prompts, sampling
-            ):
-                ready[completion.index] = completion
-            while following in ready:
-                yield ready.pop(following)
-                following += 1
+
+        def complete_batch(rows: list[int]) -> list[Completion]:
+            return list(
+                self._complete_batch(
+                    rows, [ids[i] for i in rows], [given[i] for i in rows], prompts, sampling
+                )
+            )
+
+        pool = ThreadPoolExecutor(self.threads)
+        try:
+            for completions in pool.map(complete_batch, self._batches(order, ids, prompts)):
+                ready |= {completion.index: completion for completion in completions}
+                while following in ready:
+                    yield ready.pop(following)
+                    following += 1
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     def _batches(
         self, order: list[int], ids: list[list[int]], prompts: Sequence[Prompt]
