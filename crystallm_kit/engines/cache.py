@@ -1,7 +1,7 @@
 """A key-value cache that grows in place, and loses rows that are finished.
 
-transformers' DynamicCache copies everything that it holds at every token; for a small model on a CPU that is a
-sixth of the time. Here each layer writes into a buffer with room to spare, doubled when it is full.
+transformers' DynamicCache copies everything that it holds at every token; for a small model on a CPU that is
+a sixth of the time. Here each layer writes into a buffer with room to spare, doubled when it is full.
 
 Not here: what is asked of the model (transformers_local.py).
 """

@@ -817,5 +817,6 @@ def _token_tables(device: str, vocabulary_size: int) -> _TokenTables:
     return _TokenTables(
         element=ids["element"], count=ids["count"], group=ids["group"], letter=ids["letter"],
         integer=ids["integer"], rank_of=meaning["element"], count_of=meaning["count"],
-        group_of=meaning["group"], letter_of=meaning["letter"], integer_of=meaning["integer"], constant=constant,
+        group_of=meaning["group"], letter_of=meaning["letter"],
+        integer_of=meaning["integer"], constant=constant,
     )  # fmt: skip
