@@ -154,21 +154,28 @@ def unconditional(model: Model, *, n: int, seed: int = 0, redraws: int = 3) -> t
     return funnel(samples), time.perf_counter() - begun
 
 
-def write_facts(corpus: str | Path, model: str | Path) -> dict[str, object]:
-    """Write into a model's manifest what generation has to know of its training data, and return it."""
+def write_facts(corpus: str | Path, model: str | Path, *, max_sites: int | None = None) -> dict[str, object]:
+    """Write into a model's manifest what generation has to know of its training data, and return it.
+
+    Args:
+        corpus: What it was trained on.
+        model: Its folder.
+        max_sites: Atoms of the primitive cell at most, where a request leaves them open; None: as in training.
+    """
     import pyarrow.parquet as pq
 
     seen: set[str] = set()
-    max_sites = 0
+    largest = 0
     for shard in sorted(Path(corpus).glob("train-*.parquet")):
         for text in pq.read_table(shard, columns=["text"])["text"].to_pylist():
             counts = re.findall(r"([A-Z][a-z]?)(\d+)", text.partition("\n")[0])
             seen.update(element for element, _ in counts)
-            max_sites = max(max_sites, sum(int(n) for _, n in counts))
+            largest = max(largest, sum(int(n) for _, n in counts))
     if not seen:
         raise EmptyInput(f"{corpus}: no training crystals; expected a corpus of the format 'wyckoff'")
     path = Path(model) / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
+    max_sites = max_sites or largest
     manifest["results"] |= {"elements": sorted(seen), "max_sites": max_sites}
     plain = json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(plain + "\n", encoding="utf-8")
@@ -199,11 +206,14 @@ def main(arguments: list[str] | None = None) -> int:
         verb.add_argument("--seed", type=int, default=0)
         verb.add_argument("--batch-size", type=int, default=256)
     verb = verbs.add_parser("facts")
+    verb.add_argument(
+        "--max-sites", type=int, default=None, help="of the primitive cell; default: as in training"
+    )
     verb.add_argument("corpus")
     verb.add_argument("folder", help="model folder")
     options = parser.parse_args(arguments)
     if options.verb == "facts":
-        print(json.dumps(write_facts(options.corpus, options.folder)))
+        print(json.dumps(write_facts(options.corpus, options.folder, max_sites=options.max_sites)))
         return 0
     properties = _properties(options.condition) if options.verb == "predict" else {}
     model = load_model(options.model, batch_size=options.batch_size)
