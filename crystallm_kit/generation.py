@@ -14,6 +14,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -27,11 +28,13 @@ import numpy as np
 from pymatgen.core import Structure
 
 from crystallm_kit.engines.engine import Engine, Prompt, Sampling
-from crystallm_kit.errors import ImpossibleRequest, ModelError, ParseError
+from crystallm_kit.errors import ImpossibleRequest, ModelError, ParseError, UnknownName
 from crystallm_kit.records import Completion, Conditions, Crystal, Sample, Verdict
+from crystallm_kit.structures.elements import ELEMENTS
 from crystallm_kit.text.parsing import parse_completion
 from crystallm_kit.text.prompts import Template, template_named
 from crystallm_kit.text.representation import Representation, representation
+from crystallm_kit.text.wyckoff import MAX_COUNT
 
 REDRAWS = 3
 CHUNK = 1024  # requests handed to the engine at a time, so that results stream and memory stays bounded
@@ -80,16 +83,19 @@ def load_model(path: str | Path | None = None, *, batch_size: int = 256, device:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from crystallm_kit.engines.transformers_local import TransformersEngine
     from crystallm_kit.models.checkpoints import load_model_folder
-    from crystallm_kit.structures.elements import ELEMENTS
 
     folder = Path(path) if path is not None else shipped_model_folder()
     network, tokenizer, manifest = load_model_folder(folder)
     facts = manifest.results
+    try:
+        template = template_named(manifest.template, manifest.template_sha256)
+    except UnknownName as error:
+        raise ModelError(f"{folder}: {error}") from error
     return Model(
         name="shipped" if path is None else str(path),
         engine=TransformersEngine(network, tokenizer, batch_size=batch_size, device=device),
         representation=representation(manifest.format, **manifest.format_settings),
-        template=template_named(manifest.template, manifest.template_sha256),
+        template=template,
         known_elements=tuple(facts.get("elements", ELEMENTS)),
         quantiles=dict(facts.get("quantiles", {})),
         max_sites=int(facts.get("max_sites", 24)),
@@ -297,23 +303,37 @@ def infill(
         (symbol, probability) pairs; the probabilities sum to 1 over the candidates.
 
     Raises:
-        ImpossibleRequest: If the crystal does not hold the element.
+        UnknownName: If a candidate is no element.
+        raise ImpossibleRequest(f"engine '{asked.engine.name}' gives no probabilities of a text")
+            no candidate or no score to be had.
     """
     asked = model if isinstance(model, Model) else (_shipped_model() if model is None else load_model(model))
     if not isinstance(crystal.structure, Structure):
         raise ImpossibleRequest(f"{crystal.id}: a molecule; the model writes crystals")
+    if not asked.engine.steerable:
+        raise ImpossibleRequest(
+            f"engine '{asked.engine.name}' gives no probabilities of a text; infill needs them"
+        )
     present = {str(e.symbol) for e in crystal.structure.composition.elements}
     if element not in present:
         raise ImpossibleRequest(f"{crystal.id}: holds {', '.join(sorted(present))}, not {element}")
-    tried = [c for c in (candidates or asked.known_elements) if c == element or c not in present]
+    offered = asked.known_elements if candidates is None else candidates
+    tried = [c for c in dict.fromkeys(offered) if c == element or c not in present]
+    if not tried:
+        raise ImpossibleRequest(f"{crystal.id}: no candidate that the crystal does not hold already")
     texts = []
     for candidate in tried:
+        if candidate not in ELEMENTS:
+            raise UnknownName.among("element", candidate, ELEMENTS)
         structure = crystal.structure.copy()
+        structure.remove_oxidation_states()  # Na+ would not be found as Na
         structure.replace_species({element: candidate})
         texts.append(asked.representation.encode(Crystal(crystal.id, structure)))
     unconditional = asked.template.render(Conditions())
     sampling = Sampling(max_new_tokens=asked_positions(asked))
-    scored = asked.engine.complete([Prompt(unconditional, text) for text in texts], sampling)
+    scored = list(asked.engine.complete([Prompt(unconditional, text) for text in texts], sampling))
+    if any(c.stop_reason != "stop" for c in scored):
+        raise ImpossibleRequest(f"{crystal.id}: its text is longer than the model's positions")
     logs = np.array([c.log_probability for c in scored])
     weights = np.exp(logs - logs.max())
     best_first = sorted(zip(tried, weights / weights.sum(), strict=True), key=lambda pair: -pair[1])
@@ -340,15 +360,26 @@ def complete_crystal(
         n, seed, model, protocol: As in `generate`.
 
     Raises:
-        ParseError: If no text of the format begins like that.
+        ParseError: If the beginning is no text of the format.
+        ImpossibleRequest: If no crystal begins like that.
     """
     from crystallm_kit.text.prompts import completion_prefix
+
+    asked = model if isinstance(model, Model) else (_shipped_model() if model is None else load_model(model))
 
     beginning = completion_prefix(partial_text)
     if not beginning:
         raise ParseError("empty", "nothing given to complete")
+    # What is given is asked for, be it beyond what the model was trained on.
+    given = re.findall(r"([A-Z][a-z]?)([0-9]{1,2}) ", beginning.partition("\n")[0])
+    symbols = [symbol for symbol, _ in given if symbol in ELEMENTS]
+    asked = dataclasses.replace(
+        asked,
+        known_elements=tuple(dict.fromkeys((*asked.known_elements, *symbols))),
+        max_sites=max(asked.max_sites, min(sum(int(count) for _, count in given), MAX_COUNT)),
+    )
     return list(
-        stream([Conditions()] * n, seed=seed, model=model, protocol=protocol, beginnings=[beginning] * n)
+        stream([Conditions()] * n, seed=seed, model=asked, protocol=protocol, beginnings=[beginning] * n)
     )
 
 

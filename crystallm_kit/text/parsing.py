@@ -69,6 +69,8 @@ def parse_completion(
             try:
                 crystal = representation.decode(candidate)
             except ParseError as error:
+                if error.reason == "no_end" and candidate != block.text:
+                    continue  # it was taken off here, for formats that carry none
                 if block.first_line + error.line > furthest_line:
                     furthest, furthest_line = error, block.first_line + error.line
                 continue

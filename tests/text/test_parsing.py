@@ -108,3 +108,14 @@ def test_many_paragraphs_are_given_up_in_bounded_time():
 
     assert isinstance(parse_completion("well,\n\n" * 2000, Counting()), Verdict)
     assert len(calls) < 200
+
+
+def test_a_whole_wyckoff_text_is_refused_for_what_is_wrong_with_it():
+    """Every damaged text that ended was said to have no end: the one tried without it got furthest."""
+    wyckoff = representation("wyckoff")
+    found = parse_completion("Na1 Cl1 225\nNa a\nCl a\n5.64 end", wyckoff)
+    assert isinstance(found, Verdict)
+    assert found.reason == "parse:letter_repeated"
+    missing = parse_completion("Na1 Cl1 225\nNa a\nCl b\n5.64end", wyckoff)
+    assert isinstance(missing, Verdict)
+    assert missing.reason == "parse:no_end"
