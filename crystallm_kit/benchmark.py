@@ -160,7 +160,8 @@ def write_facts(corpus: str | Path, model: str | Path, *, max_sites: int | None 
     Args:
         corpus: What it was trained on.
         model: Its folder.
-        max_sites: Atoms of the primitive cell at most, where a request leaves them open; None: as in training.
+        max_sites: Atoms of the primitive cell at most, where a request leaves them open; None: as in
+            training.
     """
     import pyarrow.parquet as pq
 

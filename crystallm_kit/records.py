@@ -43,7 +43,7 @@ PROPERTIES: dict[str, Property] = {
         Property("formation_energy_ev_per_atom", "eV/atom", "formation energy relative to the elements",
                  ("formation_energy_per_atom", "formation_energy", "e_form"), -19.99, 19.99),
         Property("hull_distance_ev_per_atom", "eV/atom", "energy above the convex hull; 0 is stable",
-                 ("e_above_hull", "energy_above_hull", "ehull", "e_hull"), 0.0, 19.99),
+                 ("hull_distance", "e_above_hull", "energy_above_hull", "ehull", "e_hull"), 0.0, 19.99),
         Property("band_gap_ev", "eV", "electronic band gap", ("band_gap", "bandgap", "gap"), 0.0, 19.99),
         Property("density_g_cm3", "g/cm3", "mass density", ("density",), 0.0, 49.99),
         Property("bulk_modulus_gpa", "GPa", "bulk modulus",
