@@ -318,9 +318,10 @@ def _model(options: argparse.Namespace) -> "Model":
 def _set_threads(folder: Path) -> None:
     """Choose how torch, not loaded yet, uses the cores; a variable that is set already wins.
 
-    A small model's matrices are too small to share: on two idle cores two threads are no faster (the shipped
-    model, 400 samples: 18 s with one, 19 to 22 s with two), and on busy ones they wait for each other (20
-    samples: 2.5 s with one, 8 to 43 s with two).
+    A small model's matrices are too small to share, and threads that wait for a busy core hold up the rest.
+    The shipped model on two cores that other work shared (load 1.8 to 4.8), `generate --formula`: SrTiO3
+    -n 400 took 18 and 19 s with one thread, 19 and 22 s with two; NaCl -n 20 took 2.5 s each of three times with
+    one, 2.3 to 42.5 s with two.
     """
     n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
