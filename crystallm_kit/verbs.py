@@ -320,8 +320,8 @@ def _set_threads(folder: Path) -> None:
 
     A small model's matrices are too small to share, and threads that wait for a busy core hold up the rest.
     The shipped model on two cores that other work shared (load 1.8 to 4.8), `generate --formula`: SrTiO3
-    -n 400 took 18 and 19 s with one thread, 19 and 22 s with two; NaCl -n 20 took 2.5 s each of three times with
-    one, 2.3 to 42.5 s with two.
+    -n 400 took 18 and 19 s with one thread, 19 and 22 s with two; NaCl -n 20 took 2.5 to 3.6 s with one (five
+    runs), 2.3 to 42.5 s with two (four runs).
     """
     n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
