@@ -227,6 +227,7 @@ def compile_request(
     plans: tuple[tuple[int, ...], ...] = ()
     if pattern is not None:
         plans = _plans(pattern, conditions, n_sites, limit, groups)
+        limit = max(limit, *map(sum, plans))
     elif groups and not _can_fill(groups, n_sites, limit, n_least):
         raise ImpossibleRequest(
             f"{n_sites or f'at most {limit}'} sites in {_names(groups)} with {n_least} elements"
@@ -264,19 +265,22 @@ def _plans(
     pattern: tuple[int, ...], conditions: Conditions, n_sites: int, limit: int, groups: tuple[int, ...]
 ) -> tuple[tuple[int, ...], ...]:
     unit = sum(pattern)
-    sizes = [n_sites // unit] if n_sites else list(range(1, limit // unit + 1))
+    sizes = [n_sites // unit] if n_sites else list(range(1, (N_COUNTS - 1) // unit + 1))
     tried = (groups if len(groups) == 1 else _witnesses(groups)) if groups else (1,)
     sizes = [
         z
         for z in sizes
         if max(pattern) * z < N_COUNTS and any(can_hold(g, [z * c for c in pattern]) for g in tried)
     ]
+    if not n_sites and sizes:
+        # Where nothing fits the usual size, the smallest cell that does: LiFePO4 in Pnma has 28 sites.
+        sizes = [z for z in sizes if z * unit <= limit] or sizes[:1]
     if not sizes:
         names = "".join(f"{s}{n if n > 1 else ''}" for s, n in (conditions.formula or {}).items())
         raise ImpossibleRequest(
             f"{names or conditions.anonymous_formula} in "
             f"{_names(groups) if groups else 'any space group'} with "
-            f"{f'{n_sites} sites' if n_sites else f'at most {limit} sites'}: "
+            f"{f'{n_sites} sites' if n_sites else f'at most {N_COUNTS - 1} sites'}: "
             "no assignment of Wyckoff positions adds up"
         )
     orders = [pattern] if conditions.formula is not None else _orders(pattern)
