@@ -304,7 +304,7 @@ def infill(
 
     Raises:
         UnknownName: If a candidate is no element.
-        raise ImpossibleRequest(f"engine '{asked.engine.name}' gives no probabilities of a text")
+        ImpossibleRequest: If the crystal does not hold the element or is too long for the model, or if there is
             no candidate or no score to be had.
     """
     asked = model if isinstance(model, Model) else (_shipped_model() if model is None else load_model(model))
