@@ -1,6 +1,7 @@
 """The elements in the order in which formulas name them: by electronegativity, ties by symbol, unknown last.
 
-Frozen from the Pauling values of pymatgen 2026.10, because token ids depend on it; libraries revise such tables.
+Frozen from the Pauling values of pymatgen 2026.10, because token ids depend on it; libraries revise such
+tables.
 Atomic weights are pymatgen's, as an array.
 """
 
