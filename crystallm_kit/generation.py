@@ -304,8 +304,8 @@ def infill(
 
     Raises:
         UnknownName: If a candidate is no element.
-        ImpossibleRequest: If the crystal does not hold the element or is too long for the model, or if there is
-            no candidate or no score to be had.
+        ImpossibleRequest: If the crystal does not hold the element or is too long for the model, or if there
+            is no candidate or no score to be had.
     """
     asked = model if isinstance(model, Model) else (_shipped_model() if model is None else load_model(model))
     if not isinstance(crystal.structure, Structure):
