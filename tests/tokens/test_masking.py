@@ -417,6 +417,7 @@ def test_a_real_text_is_let_through_when_its_own_composition_and_group_are_asked
 
 @pytest.mark.real_data
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning:pymatgen")  # rounding of coordinates in the files
 def test_the_texts_of_mp_val_are_let_through():
     folder = os.environ.get("CRYSTALLM_KIT_DATA")
     if not folder:
