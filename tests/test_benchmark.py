@@ -1,6 +1,7 @@
 """Benchmarks of the shipped model on a few crystals: counts hang together, and the command prints them."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from pymatgen.core import Lattice, Molecule, Structure
@@ -57,7 +58,10 @@ def test_prediction_is_what_drawing_ranking_and_matching_give_one_by_one(model):
             candidates = samples[i * n : (i + 1) * n]
             candidates = ranked(candidates) if order == "ranked" else candidates
             distances.append(rms_distances([s.structure for s in candidates], target.structure))
-        assert rates[order] == [match_rate(distances, 1), match_rate(distances, 5)]
+        for found, k in zip(rates[order], (1, 5), strict=True):
+            expected = match_rate(distances, k)
+            # distances differ in their last digits from process to process
+            assert found == replace(expected, rmse=pytest.approx(expected.rmse))
     assert rates["ranked"][1].matched >= 1  # the model knows rock salt, so the comparison is of something
 
 
