@@ -32,12 +32,10 @@ Not here: sampling (engines/); distances between atoms, which validation checks 
 
 import functools
 import itertools
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +44,7 @@ import torch
 from crystallm_kit.errors import ImpossibleRequest
 from crystallm_kit.records import Conditions
 from crystallm_kit.structures.elements import ELEMENTS, RANK
-from crystallm_kit.structures.symmetry import FREE_LATTICE, LETTERS, crystal_system
+from crystallm_kit.structures.symmetry import FREE_LATTICE, LETTERS, crystal_system, space_group
 from crystallm_kit.text import wyckoff as format_
 from crystallm_kit.text.conditions import anonymous_counts, check_conditions
 
@@ -54,7 +52,6 @@ MAX_ELEMENTS = 10  # different elements in one composition
 MAX_SITES = 64  # atoms in the primitive cell, unless a request says otherwise
 N_COUNTS = format_.MAX_COUNT + 1
 N_LETTERS = len(LETTERS)
-_CENTERING = {"P": 1, "A": 2, "C": 2, "I": 2, "F": 4, "R": 3}
 # Every cubic space group has one of these as a subgroup with the same primitive cell, so what they cannot
 # hold, no cubic group can. In every other crystal system a group with a free letter of multiplicity 1 holds
 # anything.
@@ -92,21 +89,14 @@ class _Tables:
 
 @functools.lru_cache(maxsize=1)
 def _tables() -> _Tables:
-    from moyopy import SpaceGroupType
-
-    text = resources.files("crystallm_kit.structures").joinpath("wyckoff_positions.json").read_text()
-    entries: dict[str, list[str]] = json.loads(text)
     multiplicity = np.zeros((230, N_LETTERS), dtype=np.int64)
     is_fixed = np.zeros((230, N_LETTERS), dtype=bool)
     n_free = np.zeros((230, N_LETTERS), dtype=np.int64)
-    for number in range(1, 231):
-        centering = _CENTERING[SpaceGroupType(number).hm_short.strip()[0]]
-        for entry in entries[str(number)]:
-            label, _, form = entry.partition(" ")
-            index = LETTERS.index(label[-1])
-            multiplicity[number - 1, index] = int(label[:-1]) // centering
-            n_free[number - 1, index] = len(set(form) & set("xyz"))
-            is_fixed[number - 1, index] = n_free[number - 1, index] == 0
+    for row in range(230):
+        for index, position in enumerate(space_group(row + 1).positions):
+            multiplicity[row, index] = position.primitive_multiplicity
+            n_free[row, index] = position.n_free
+            is_fixed[row, index] = position.n_free == 0
     signatures: dict[tuple[tuple[tuple[int, int], ...], tuple[int, ...]], int] = {}
     signature = np.zeros(230, dtype=np.int64)
     for g in range(230):
@@ -123,7 +113,7 @@ def _tables() -> _Tables:
     left_after[multiplicity > 0] = np.arange(size + 1)
     for (fixed, free), s in signatures.items():
         vectors = list(itertools.product(*(range(n + 1) for _, n in fixed)))
-        position = {v: i for i, v in enumerate(vectors)}
+        vector_index = {v: i for i, v in enumerate(vectors)}
         full[s] = len(vectors) - 1
         weight = np.array([sum(m * used for (m, _), used in zip(fixed, v, strict=True)) for v in vectors])
         orbits = _most_parts(free)
@@ -131,7 +121,7 @@ def _tables() -> _Tables:
         for i, v in enumerate(vectors):
             placed = with_vector[i] >= 0  # (N,)
             for j, u in enumerate(vectors):
-                total = position.get(tuple(a + b for a, b in zip(u, v, strict=True)))
+                total = vector_index.get(tuple(a + b for a, b in zip(u, v, strict=True)))
                 if total is None:
                     continue
                 sums[s, :, j] |= placed.astype(np.int64) << total
@@ -144,7 +134,7 @@ def _tables() -> _Tables:
                 one = tuple(int(m == multiplicity[row, index]) for m, _ in fixed)
                 for i, v in enumerate(vectors):
                     rest = tuple(a - b for a, b in zip(v, one, strict=True))
-                    left_after[row, index, i] = position.get(rest, size)
+                    left_after[row, index, i] = vector_index.get(rest, size)
     kinds = {"monoclinic": (0, 0, 0, 4), "triclinic": (0, 0, 0, 1, 2, 3)}
     lattice_kind = np.zeros((230, 6), dtype=np.int64)
     n_lattice = np.zeros(230, dtype=np.int64)
