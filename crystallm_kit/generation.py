@@ -37,6 +37,7 @@ from crystallm_kit.text.representation import Representation, representation
 from crystallm_kit.text.wyckoff import MAX_COUNT
 
 REDRAWS = 3
+_SMALL_MODEL_BYTES = 100_000_000
 CHUNK = 1024  # requests handed to the engine at a time, so that results stream and memory stays bounded
 
 
@@ -77,14 +78,11 @@ def load_model(path: str | Path | None = None, *, batch_size: int = 256, device:
     Raises:
         ModelError: If the folder is no whole model folder, or its template is not the kit's.
     """
-    if "torch" not in sys.modules:
-        # Threads that spin while they wait for each other lose a core to any other work: 60 s against 7 s for
-        # 256 samples on two busy cores. Read by the OpenMP library when torch loads it.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    folder = Path(path) if path is not None else shipped_model_folder()
+    _set_threads(folder)
     from crystallm_kit.engines.transformers_local import TransformersEngine
     from crystallm_kit.models.checkpoints import load_model_folder
 
-    folder = Path(path) if path is not None else shipped_model_folder()
     network, tokenizer, manifest = load_model_folder(folder)
     facts = manifest.results
     try:
@@ -100,6 +98,21 @@ def load_model(path: str | Path | None = None, *, batch_size: int = 256, device:
         quantiles=dict(facts.get("quantiles", {})),
         max_sites=int(facts.get("max_sites", 24)),
     )
+
+
+def _set_threads(folder: Path) -> None:
+    """Choose how torch uses the cores, if it is not loaded yet; a variable that is set already wins.
+
+    A small model's matrices are too small to share, and threads that wait for a busy core hold up the rest.
+    The shipped model on two cores that other work shared (load 1.8 to 4.8), `generate --formula`: SrTiO3
+    -n 400 took 18 and 19 s with one thread, 19 and 22 s with two; NaCl -n 20 took 2.5 to 3.6 s with one (five
+    runs), 2.3 to 42.5 s with two (four runs).
+    """
+    if "torch" in sys.modules:
+        return
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sum(file.stat().st_size for file in folder.glob("*.safetensors")) < _SMALL_MODEL_BYTES:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @lru_cache(maxsize=1)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from crystallm_kit.structures.files import ReadFailure
     from crystallm_kit.text.words import Understood
 
-_SMALL_MODEL_BYTES = 100_000_000
 # Format -> the prompt template that its models are spoken to in.
 _TEMPLATES = {"wyckoff": "kit-1", "compact": "crystal-text-llm", "cif": "cif-crystallm"}
 
@@ -307,26 +306,11 @@ def _model(options: argparse.Namespace) -> "Model":
     folder = Path(options.model) if options.model is not None else Path(__file__).parent / "pretrained"
     if folder.exists():
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
-        _set_threads(folder)
     from crystallm_kit.generation import load_model
 
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: 1 or more expected")
     return load_model(options.model, batch_size=options.batch_size)
-
-
-def _set_threads(folder: Path) -> None:
-    """Choose how torch, not loaded yet, uses the cores; a variable that is set already wins.
-
-    A small model's matrices are too small to share, and threads that wait for a busy core hold up the rest.
-    The shipped model on two cores that other work shared (load 1.8 to 4.8), `generate --formula`: SrTiO3
-    -n 400 took 18 and 19 s with one thread, 19 and 22 s with two; NaCl -n 20 took 2.5 to 3.6 s with one (five
-    runs), 2.3 to 42.5 s with two (four runs).
-    """
-    n_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if n_bytes < _SMALL_MODEL_BYTES:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def _known(kind: str, name: str, known: Any) -> None:
