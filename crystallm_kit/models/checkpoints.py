@@ -150,6 +150,7 @@ class Manifest:
         versions: Library -> version.
         device: What it was trained on.
         results: Measured numbers, by name.
+        base: Of a fine-tuned model: name, revision and method (bases.BaseRecipe).
     """
 
     recipe: dict[str, Any]
@@ -163,6 +164,7 @@ class Manifest:
     versions: dict[str, str] = field(default_factory=dict)
     device: str = ""
     results: dict[str, Any] = field(default_factory=dict)
+    base: dict[str, Any] = field(default_factory=dict)
 
 
 def library_versions() -> dict[str, str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from crystallm_kit.models.bases import BaseRecipe
 from crystallm_kit.models.checkpoints import ModelRecipe
 
 
@@ -19,12 +20,18 @@ class DataRecipe:
 
     Attributes:
         corpus: A prepared corpus: its folder or its .npz file (batches.open_source).
-        tokenizer: Folder whose tokenizer goes into the model folder; None: none.
+        inputs: Crystal files and folders to prepare a corpus from, into the run's folder; instead of `corpus`.
+        validation: The same for the validation set; none: a share of the inputs, as the corpus recipe says.
+        corpus_recipe: How to prepare them: a finetune/corpus-*.yaml; None: the defaults of CorpusRecipe.
+        tokenizer: Folder whose tokenizer goes into the model folder; None: the corpus folder's own.
         loss_on_prompt: Whether the tokens of the prompt are targets too.
         max_length: Longer examples, in tokens, are left out; None: model.max_positions.
     """
 
     corpus: Path | None = None
+    inputs: tuple[Path, ...] = ()
+    validation: tuple[Path, ...] = ()
+    corpus_recipe: Path | None = None
     tokenizer: Path | None = None
     loss_on_prompt: bool = False
     max_length: int | None = None
@@ -91,7 +98,16 @@ class TrainingRecipe:
         export: Weights of the model folder: of the best validation, or the last.
         export_dtype: Of the weights on disk.
         export_shard_mb: Largest weights file, in 1e6 bytes.
-        model, data, optimizer, schedule: See there.
+        neftune_alpha: Noise on the embeddings in training, uniform, of size alpha / sqrt(tokens x width) (Jain
+            et al. 2023, arXiv:2310.05914); 0: none.
+        overfit_check: Steps on one batch before the run, which must bring its loss down; 0: none.
+        sample_every: Steps between looks at samples: `samples` of them are generated and judged; None: never.
+        samples: How many.
+        track: Where curves go beside metrics.jsonl: tensorboard, wandb.
+        push_to_hub: Hugging Face repository that the finished model is sent to; None: none.
+        model: A model from scratch; or base.
+        base: A model to fine-tune; or model.
+        data, optimizer, schedule: See there.
     """
 
     seed: int
@@ -112,7 +128,14 @@ class TrainingRecipe:
     export: Literal["best", "last"] = "best"
     export_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     export_shard_mb: float = 5_000.0
-    model: ModelRecipe = field(default_factory=ModelRecipe)
+    neftune_alpha: float = 0.0
+    overfit_check: int = 0
+    sample_every: int | None = None
+    samples: int = 48
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    push_to_hub: str | None = None
+    model: ModelRecipe | None = None
+    base: BaseRecipe | None = None
     data: DataRecipe = field(default_factory=DataRecipe)
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     schedule: ScheduleRecipe = field(default_factory=ScheduleRecipe)
@@ -120,6 +143,8 @@ class TrainingRecipe:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give one of 'epochs' and 'steps'")
+        if (self.model is None) == (self.base is None):
+            raise ValueError("give one of 'model' (from scratch) and 'base' (fine-tuning)")
         for name in ("batch_tokens", "micro_tokens", "eval_every", "checkpoint_every", "log_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"'{name}' must be at least 1, got {getattr(self, name)}")

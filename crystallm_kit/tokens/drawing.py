@@ -63,6 +63,7 @@ class VocabularyInfo:
         size: Rows of the embedding.
         pad_token_id, eos_token_id, bos_token_id: Special ids; a format without such a token has none.
         element_token_ids: Element symbol -> id.
+        n_base: Tokens of the base model's tokenizer; those from this id on are new to it. None: no base.
     """
 
     size: int
@@ -70,6 +71,7 @@ class VocabularyInfo:
     eos_token_id: int | None
     bos_token_id: int | None = None
     element_token_ids: Mapping[str, int] = field(default_factory=dict)
+    n_base: int | None = None
 
 
 @dataclass(frozen=True)
