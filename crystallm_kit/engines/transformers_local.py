@@ -18,6 +18,7 @@ import torch
 
 from crystallm_kit.engines.cache import growing_cache
 from crystallm_kit.engines.engine import Prompt, Sampling
+from crystallm_kit.engines.stopping import stop_table
 from crystallm_kit.errors import ImpossibleRequest, UserError
 from crystallm_kit.records import Completion, StopReason
 from crystallm_kit.text.wyckoff import TOKENS
@@ -34,7 +35,9 @@ class TransformersEngine:
 
     Args:
         model: A causal LM; moved to `device` as it is.
-        tokenizer: Its tokenizer; the end token is `tokenizer.eos_token_id`.
+        tokenizer: Its tokenizer; the end token is `tokenizer.eos_token_id`, if it has one.
+        stop: Text that ends a sample too, where the model wrote all of it; "": none. It is part of the
+            completion.
         batch_size: Samples in a batch.
         device: Default: cuda where there is one.
         threads: Batches at a time; default: one on a GPU, and on a CPU as many as torch leaves cores free. On
@@ -49,6 +52,7 @@ class TransformersEngine:
         model: Any,
         tokenizer: Any,
         *,
+        stop: str = "",
         batch_size: int = 256,
         device: str | torch.device | None = None,
         threads: int | None = None,
@@ -56,6 +60,7 @@ class TransformersEngine:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device).eval()
         self.tokenizer = tokenizer
+        self.stop = stop
         self.batch_size = batch_size
         free = 1 if self.device.type != "cpu" else (os.cpu_count() or 1) // torch.get_num_threads()
         self.threads = threads or max(1, free)
@@ -124,7 +129,7 @@ class TransformersEngine:
         prompts: Sequence[Prompt],
         sampling: Sampling,
     ) -> Iterator[Completion]:
-        size, end = len(rows), self.tokenizer.eos_token_id
+        size, end = len(rows), -1 if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
         limit = min(sampling.max_new_tokens, self._positions() - len(prompt_ids[0]))
         draws = np.stack(
             [np.random.default_rng((sampling.seed, row)).random(limit, dtype=np.float32) for row in rows]
@@ -134,10 +139,11 @@ class TransformersEngine:
         for b, beginning in enumerate(given):
             given_BT[b, : len(beginning)] = torch.tensor(beginning[:limit])
         longest_beginning = max(map(len, given))
-        tokens_BT = torch.full((size, limit), end, dtype=torch.long, device=self.device)
+        tokens_BT = torch.zeros((size, limit), dtype=torch.long, device=self.device)
         log_probability_B = torch.zeros(size, dtype=torch.float64, device=self.device)
         length_B = torch.full((size,), limit, dtype=torch.long, device=self.device)
         ended_B = torch.zeros(size, dtype=torch.bool, device=self.device)
+        stop_state_B = torch.zeros(size, dtype=torch.long, device=self.device)
         active = torch.arange(size, device=self.device)
         inputs = torch.tensor(prompt_ids, device=self.device)
         constraint = self._constraint([prompts[i] for i in rows])
@@ -169,7 +175,10 @@ class TransformersEngine:
             tokens_BT[active, t] = token_B
             if constraint is not None:
                 constraint.advance(token_B)
-            finished = (token_B == end) & ~ended_B[active]
+            finished = token_B == end
+            if self.stop:
+                finished |= self._advance_to_stop(stop_state_B, active, token_B)
+            finished &= ~ended_B[active]
             ended_B[active[finished]] = True
             length_B[active[finished]] = t + 1
             inputs = token_B[:, None]
@@ -223,6 +232,20 @@ class TransformersEngine:
         if constraint is None or sampling.number_temperature is None:
             return sampling.temperature
         return torch.where(constraint.in_numbers, sampling.number_temperature, sampling.temperature)
+
+    def _advance_to_stop(
+        self, state_B: torch.Tensor, active: torch.Tensor, token_B: torch.Tensor
+    ) -> torch.Tensor:
+        """Advance the states of the active rows in place, and return which of them hold the stop text."""
+        after_B = self._stop_table[state_B[active], token_B]
+        holds_B = after_B == len(self.stop)
+        # A row that has ended may draw on; nothing of it counts.
+        state_B[active] = after_B.masked_fill(holds_B, 0)
+        return holds_B
+
+    @cached_property
+    def _stop_table(self) -> torch.Tensor:
+        return stop_table(self.tokenizer, self.stop, self.model.config.vocab_size).to(self.device)
 
     @cached_property
     def _has_wyckoff_ids(self) -> bool:
