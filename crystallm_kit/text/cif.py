@@ -70,8 +70,9 @@ Pitfalls
     - A sample ends at two newlines that the model wrote; no token means the end. Stop at the text "\\n\\n".
     - Grammars that walk characters dead-end on this vocabulary: see cif_grammar.py.
 
-Not here: cutting a completion at its end (parsing.py), prompts (prompts.py), building the tokenizer
-(tokens/tokenizer.py), space groups of other formats (structures/symmetry.py).
+Not here: CrystaLLM-pi's dialect (cif_pi.py), cutting a completion at its end (parsing.py), prompts
+(prompts.py), building the tokenizer (tokens/tokenizer.py), space groups of other formats
+(structures/symmetry.py).
 """
 
 import re
@@ -82,10 +83,11 @@ from typing import Literal
 
 from pymatgen.core import Composition, Structure
 
-from crystallm_kit.errors import EncodeError, UnknownName
+from crystallm_kit.errors import EncodeError, UnknownName, UserError
 from crystallm_kit.records import Crystal
 from crystallm_kit.text.cif_decoding import decode_cif
 from crystallm_kit.text.cif_grammar import cif_grammar
+from crystallm_kit.text.cif_pi import decode_pi, pi_alphabet, text_to_pi
 from crystallm_kit.text.cif_standard_cell import (
     StandardCell,
     ordered_cell,
@@ -124,6 +126,7 @@ __all__ = [
 
 SYMPREC_ANGSTROM = 0.1  # CrystaLLM's; part of the format, since the text depends on it
 WRITERS = ("moyo", "spglib", "pymatgen")
+DIALECTS = ("v1", "pi")
 
 # pymatgen puts a value that would make its line longer on a line of its own (CifBlock.max_len)
 LONGEST_LINE = 70
@@ -136,38 +139,49 @@ class CifRepresentation:
     Attributes:
         writer: "moyo" (fast), "spglib" or "pymatgen" (CrystaLLM's own to the last character); see the module.
         symprec_angstrom: Distance within which atoms count as symmetric.
+        dialect: "v1", or "pi": CrystaLLM-pi's, with brackets, see cif_pi.py.
     """
 
     writer: Literal["moyo", "spglib", "pymatgen"] = "moyo"
     symprec_angstrom: float = SYMPREC_ANGSTROM
+    dialect: Literal["v1", "pi"] = "v1"
     name = "cif"
 
     def __post_init__(self) -> None:
         if self.writer not in WRITERS:
             raise UnknownName.among("writer of format 'cif'", str(self.writer), WRITERS)
+        if self.dialect not in DIALECTS:
+            raise UnknownName.among("dialect of format 'cif'", str(self.dialect), DIALECTS)
 
     def encode(self, crystal: Crystal) -> str:
-        """Return the text of a crystal, blanks collapsed, ending in two newlines.
+        """Return the text of a crystal, blanks collapsed; v1's ends in two newlines.
 
         Raises:
             EncodeError: For a molecule, partial occupancies, an element or space group without a token, or
                 where no space group is found.
         """
         if self.writer == "pymatgen":
-            return _text_by_pymatgen(crystal, self.symprec_angstrom)
-        find = standard_cell_by_moyo if self.writer == "moyo" else standard_cell_by_spglib
-        return _text_of_cell(find(crystal, self.symprec_angstrom))
+            text = _text_by_pymatgen(crystal, self.symprec_angstrom)
+        else:
+            find = standard_cell_by_moyo if self.writer == "moyo" else standard_cell_by_spglib
+            text = _text_of_cell(find(crystal, self.symprec_angstrom))
+        return text_to_pi(text) if self.dialect == "pi" else text
 
     def decode(self, text: str) -> Crystal:
         """Return the crystal in its conventional cell. Raises ParseError; see `cif_decoding.decode_cif`."""
-        return decode_cif(text)
+        return decode_pi(text) if self.dialect == "pi" else decode_cif(text)
 
     def alphabet(self) -> Alphabet:
-        """Return CrystaLLM's 371 tokens with their ids; no token ends a sample, the text `stop` does."""
-        return _alphabet()
+        """Return CrystaLLM's 371 tokens with their ids; no token ends a sample, the text `stop` does.
+
+        CrystaLLM-pi has the same and six more, of which one is the end.
+        """
+        return pi_alphabet() if self.dialect == "pi" else _alphabet()
 
     def grammar(self) -> Grammar:
-        """Return the grammar of well-formed texts."""
+        """Return the grammar of v1's well-formed texts. Raises UserError for CrystaLLM-pi's: none is kept."""
+        if self.dialect == "pi":
+            raise UserError("format 'cif': only dialect 'v1' has a grammar; sample CrystaLLM-pi freely.")
         return cif_grammar()
 
 

@@ -1,7 +1,7 @@
 r"""Prompts: Conditions as the text that stands before a crystal, one template per kind of model.
 
 The same template renders for training and for generation, and its hash is stored with the model; a server
-refuses a model whose template it does not have. Three templates:
+refuses a model whose template it does not have. The templates:
 
 kit-1, for the `wyckoff` format (tokens in prompt_tokens.py). The conditions that are set, in this order, then
 `crystal` and a newline; "crystal\n" alone asks for any crystal:
@@ -22,7 +22,7 @@ A formula is not rendered: with the space group it is the beginning of the cryst
 crystal-text-llm, for the `compact` format: English sentences; and infilling (Gruver et al. 2024,
 arXiv:2402.04379).
 cif-crystallm, for the `cif` format: the first lines of the CIF (Antunes et al. 2024,
-doi:10.1038/s41467-024-54639-7).
+doi:10.1038/s41467-024-54639-7). cif-crystallm-pi: the same in its dialect "pi".
 
 Not here: free text and options (words.py, conditions.py); forcing the text's beginning (tokens/masking.py).
 """
@@ -499,6 +499,43 @@ class CifCrystallmTemplate:
         return Conditions(formula=formula, spacegroup_number=spacegroup_number(symbol))
 
 
+@dataclass(frozen=True)
+class CifCrystallmPiTemplate(CifCrystallmTemplate):
+    r"""The prompts of CrystaLLM-pi: those of CrystaLLM v1 in its dialect, see text/cif_pi.py.
+
+    <bos>\ndata_[                 any crystal; its "level 1"
+    <bos>\ndata_[Na4Cl4]\n        a composition; "level 2"
+    <bos>\ndata_[Na4Cl4]\nloop_\n ... _symmetry_space_group_name_H-M [Fm-3m]\n       "level 4"
+    """
+
+    name: str = "cif-crystallm-pi"
+
+    def render(
+        self,
+        conditions: Conditions,
+        rng: np.random.Generator | None = None,
+        *,
+        quantiles: Mapping[str, Sequence[float]] | None = None,
+    ) -> str:
+        """Return the prompt; see CifCrystallmTemplate."""
+        from crystallm_kit.text.cif_pi import BEGIN, bracketed
+
+        plain = super().render(conditions, rng, quantiles=quantiles)
+        if plain == "data_":
+            return f"{BEGIN}\ndata_["
+        return "\n".join((BEGIN, *bracketed(plain.rstrip("\n").split("\n")), ""))
+
+    def parse(self, prompt: str) -> Conditions:
+        """Return formula (content of the conventional cell) and space group of a prompt."""
+        from crystallm_kit.text.cif_pi import BEGIN, without_brackets
+
+        if prompt == f"{BEGIN}\ndata_[":
+            return Conditions()
+        if not (prompt.startswith(f"{BEGIN}\n") and prompt.endswith("\n")):
+            raise ParseError("prompt", f"'{prompt}': no prompt of template '{self.name}'")
+        return super().parse(without_brackets(prompt)[0].rstrip("\n") + "\n")
+
+
 def _conventional_content(conditions: Conditions) -> dict[str, int]:
     formula = dict(conditions.formula or {})
     if conditions.n_sites is None or conditions.spacegroup_number is None:
@@ -513,7 +550,13 @@ def _conventional_content(conditions: Conditions) -> dict[str, int]:
 # ---------------------------------------------------------------- the table
 
 TEMPLATES: dict[str, KitTemplate | CrystalTextLlmTemplate | CifCrystallmTemplate] = {
-    template.name: template for template in (KitTemplate(), CrystalTextLlmTemplate(), CifCrystallmTemplate())
+    template.name: template
+    for template in (
+        KitTemplate(),
+        CrystalTextLlmTemplate(),
+        CifCrystallmTemplate(),
+        CifCrystallmPiTemplate(),
+    )
 }
 
 
