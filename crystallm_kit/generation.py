@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from pymatgen.core import Structure
 
 from crystallm_kit.engines.engine import Engine, Prompt, Sampling
 from crystallm_kit.errors import ImpossibleRequest, ModelError, ParseError, UnknownName
+from crystallm_kit.models.folders import shipped_model_folder
 from crystallm_kit.records import Completion, Conditions, Crystal, Sample, Verdict
 from crystallm_kit.structures.elements import ELEMENTS
 from crystallm_kit.text.parsing import parse_completion
@@ -62,14 +62,6 @@ class Model:
     known_elements: tuple[str, ...]
     quantiles: dict[str, list[float]]
     max_sites: int = 24
-
-
-def shipped_model_folder() -> Path:
-    """Return the folder of the model that comes with the package. Raises ModelError if it is not there."""
-    folder = Path(str(resources.files("crystallm_kit").joinpath("pretrained")))
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: this installation came without the shipped model; give --model FOLDER.")
-    return folder
 
 
 def load_model(path: str | Path | None = None, *, batch_size: int = 256, device: str | None = None) -> Model:

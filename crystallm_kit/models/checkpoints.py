@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,10 @@ from crystallm_kit.recipes import from_dict, recipe_to_dict
 from crystallm_kit.tokens.drawing import VocabularyInfo
 
 MANIFEST = "manifest.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
 _LIBRARIES = ("crystallm-kit", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
@@ -210,6 +215,7 @@ def save_model(
     *,
     dtype: str = "bfloat16",
     max_shard_mb: float = 5_000.0,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Write a model folder, whole or not at all, and return its path.
 
@@ -220,27 +226,38 @@ def save_model(
         manifest: Written as manifest.json.
         dtype: Of the weights on disk: bfloat16, float16 or float32.
         max_shard_mb: Largest weights file, in 1e6 bytes; more than that is split.
+        weights: Whole weights by name, where the model's own are spread over processes.
     """
     folder = Path(folder)
     writing = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
-    weights = {
-        name: tensor.detach().to("cpu", getattr(torch, dtype)) for name, tensor in model.state_dict().items()
-    }
-    model.save_pretrained(writing, state_dict=weights, max_shard_size=f"{int(max_shard_mb * 1000)}KB")
+    whole = model.state_dict() if weights is None else weights
+    on_disk = {name: tensor.detach().to("cpu", getattr(torch, dtype)) for name, tensor in whole.items()}
+    model.save_pretrained(writing, state_dict=on_disk, max_shard_size=f"{int(max_shard_mb * 1000)}KB")
     config = json.loads((writing / "config.json").read_text(encoding="utf-8"))
     config["dtype"] = dtype  # save_pretrained notes the dtype in memory
     (writing / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if isinstance(tokenizer, str | Path):
-        for file in sorted(Path(tokenizer).glob("*.json")):
-            shutil.copy(file, writing / file.name)
+        copy_tokenizer(tokenizer, writing)
     elif tokenizer is not None:
         tokenizer.save_pretrained(writing)
-    text = json.dumps(recipe_to_dict(manifest), indent=2, sort_keys=True, ensure_ascii=False)
-    (writing / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    write_manifest(writing, manifest)
     replace_folder(writing, folder)
     return folder
+
+
+def copy_tokenizer(tokenizer: str | Path, folder: Path) -> None:
+    """Copy a tokenizer's files into a folder, and nothing else that lies beside them."""
+    for name in TOKENIZER_FILES:
+        if (Path(tokenizer) / name).is_file():
+            shutil.copy(Path(tokenizer) / name, folder / name)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write manifest.json into a folder."""
+    text = json.dumps(recipe_to_dict(manifest), indent=2, sort_keys=True, ensure_ascii=False)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def replace_folder(writing: Path, folder: Path) -> None:

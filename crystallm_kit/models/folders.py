@@ -1,0 +1,76 @@
+"""Where a model is: the shipped one, a folder, or a Hugging Face id.
+
+    base_source("shipped")          the folder inside the package
+    base_source("runs/a/model")     that folder, if it is there
+    base_source("Qwen/Qwen3-8B")    the id as it is; transformers finds it
+
+Nothing is read here but names, and nothing is downloaded but by `model_folder`. HF_HUB_OFFLINE=1 keeps to
+what was downloaded before.
+
+Not here: what the folders hold (checkpoints.py, adapters.py, bases.py).
+"""
+
+import re
+from importlib import resources
+from pathlib import Path
+
+from crystallm_kit.errors import ModelError
+
+SHIPPED = "shipped"
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def shipped_model_folder() -> Path:
+    """Return the folder of the model that comes with the package. Raises ModelError if it is not there."""
+    folder = Path(str(resources.files("crystallm_kit").joinpath("pretrained")))
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: this installation came without the shipped model; give --model FOLDER.")
+    return folder
+
+
+def base_source(name: str, *, beside: Path | None = None) -> str:
+    """Return what transformers' from_pretrained takes for a base model: a folder's path, or an id.
+
+    Args:
+        name: `shipped`, a folder, or a Hugging Face id.
+        beside: A folder that a relative path may start from too.
+
+    Raises:
+        ModelError: If it is neither a folder that is there nor spelt like an id.
+    """
+    if name == SHIPPED:
+        return str(shipped_model_folder())
+    path = Path(name).expanduser()
+    for folder in (path, *([] if beside is None else [beside / path])):
+        if folder.is_dir():
+            return str(folder)
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(
+            f"base model '{name}': no such folder. Expected a folder, a Hugging Face id (owner/name), or "
+            f"'{SHIPPED}'."
+        )
+    return name
+
+
+def model_folder(name: str, *, revision: str | None = None) -> Path:
+    """Return the folder of a finished model or adapter, downloaded first where `name` is a Hugging Face id.
+
+    Raises:
+        ModelError: If there is no such folder, nor such a model on Hugging Face or among the downloaded ones.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir() or "/" not in name or not _HUB_ID.fullmatch(name):
+        return path  # what is missing there is said by who reads it
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        # Connection errors are OSErrors, be they httpx's or requests'.
+        files = ["*.json", "*.safetensors", "*.model", "*.jinja"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
+    except (OSError, HfHubHTTPError, HFValidationError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"model '{name}': no such folder, and Hugging Face gives none of that name: "
+            f"{' '.join(str(error).split())[:200]}. Check the spelling and the connection; without one, only "
+            "models that were downloaded before can be named."
+        ) from error
