@@ -44,6 +44,7 @@ from crystallm_kit.models.checkpoints import (
     write_manifest,
 )
 from crystallm_kit.models.folders import base_source
+from crystallm_kit.models.quantisation import bitsandbytes_setting, random_quantised
 from crystallm_kit.tokens.drawing import StoredInfo, VocabularyInfo
 
 # Positions of a model whose config states no limit.
@@ -370,22 +371,6 @@ def _dtype(recipe: BaseRecipe, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_frozen_on_gpu else torch.float32
 
 
-def _quantisation(recipe: BaseRecipe) -> Any:
-    """Return the setting of bitsandbytes (a transformers BitsAndBytesConfig), or None."""
-    if recipe.quantisation == "none":
-        return None
-    from transformers import BitsAndBytesConfig
-
-    if recipe.quantisation == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=recipe.double_quantisation,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-
-
 def _pretrained_base(recipe: BaseRecipe, device: torch.device) -> Any:
     source = base_source(recipe.name)
     return pretrained_model(
@@ -394,7 +379,7 @@ def _pretrained_base(recipe: BaseRecipe, device: torch.device) -> Any:
         config=_without_attention_dropout(read_config(source, recipe.name, recipe.revision)),
         revision=recipe.revision,
         dtype=_dtype(recipe, device),
-        quantization_config=_quantisation(recipe),
+        quantization_config=bitsandbytes_setting(recipe.quantisation, double=recipe.double_quantisation),
         device_map={"": device} if device.type == "cuda" or recipe.quantisation != "none" else None,
     )
 
@@ -440,52 +425,14 @@ def _random_base(recipe: BaseRecipe, device: torch.device) -> Any:
     source = base_source(recipe.name)
     config = _without_attention_dropout(read_config(source, recipe.name, recipe.revision))
     dtype = _dtype(recipe, device)
-    quantisation = _quantisation(recipe)
+    quantisation = bitsandbytes_setting(recipe.quantisation, double=recipe.double_quantisation)
     with torch.device(device if quantisation is None else "meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model if quantisation is None else _quantised(model, quantisation, device)
-
-
-@torch.no_grad()
-def _quantised(model: Any, quantisation: Any, device: torch.device) -> Any:
-    """Give a model on the meta device quantised random weights, one layer at a time."""
-    from bitsandbytes.nn import Int8Params, Params4bit
-    from transformers.quantizers import AutoHfQuantizer
-
-    quantiser = AutoHfQuantizer.from_config(quantisation, pre_quantized=False)
-    quantiser.preprocess_model(model=model, dtype=model.dtype, device_map={"": device})
-    spread = getattr(model.config, "initializer_range", 0.02)
-    drawn = []
-    for module in model.modules():
-        for key, parameter in list(module.named_parameters(recurse=False)):
-            value = torch.zeros(parameter.shape, dtype=model.dtype, device=device)
-            if isinstance(parameter, Int8Params | Params4bit):
-                value.normal_(0, spread)
-                # 8-bit weights are quantised on their way from the CPU only
-                value = value.cpu() if isinstance(parameter, Int8Params) else value
-                settings = {k: v for k, v in vars(parameter).items() if k != "SCB"}
-                value = type(parameter)(value, requires_grad=False, **settings).to(device)
-                value._is_hf_initialized = True
-                drawn.append(value)
-                setattr(module, key, value)
-            else:
-                setattr(module, key, nn.Parameter(value, requires_grad=False))
-        for key, buffer in list(module.named_buffers(recurse=False)):
-            is_kept = key not in module._non_persistent_buffers_set
-            module.register_buffer(key, torch.empty_like(buffer, device=device), persistent=is_kept)
-        module._is_hf_initialized = False
-    model.initialize_weights()  # leaves what was drawn here
-    for value in drawn:
-        del value._is_hf_initialized  # bitsandbytes hands on a weight's attributes as arguments
-    model.tie_weights()
-    quantiser.postprocess_model(model)
-    return model
+    return model if quantisation is None else random_quantised(model, quantisation, device)
 
 
 def _fit_vocabulary(model: Any, vocabulary: VocabularyInfo, name: str) -> None:
     """Give the model rows for every token of the corpus, and the corpus's special ids."""
-    from transformers import GenerationConfig
-
     rows = model.get_input_embeddings().weight.shape[0]
     n_known = vocabulary.size if vocabulary.n_base is None else vocabulary.n_base
     if n_known > rows:
@@ -494,14 +441,23 @@ def _fit_vocabulary(model: Any, vocabulary: VocabularyInfo, name: str) -> None:
             "before any is added: they do not belong together. Prepare the corpus with the base's tokenizer."
         )
     grow_embeddings(model, n_known, vocabulary.size)
-    ids = {
-        "bos_token_id": vocabulary.bos_token_id,
-        "eos_token_id": vocabulary.eos_token_id,
-        "pad_token_id": vocabulary.pad_token_id,
-    }
+    set_special_ids(
+        model,
+        bos_token_id=vocabulary.bos_token_id,
+        eos_token_id=vocabulary.eos_token_id,
+        pad_token_id=vocabulary.pad_token_id,
+    )
+
+
+def set_special_ids(model: Any, **ids: int | None) -> None:
+    """Note the special ids in the model's config, and in settings of generation that hold nothing else.
+
+    A base's own may hold settings of sampling, some of which (Llama 2's) transformers then refuses to save.
+    """
+    from transformers import GenerationConfig
+
     for key, value in ids.items():
         setattr(model.config, key, value)
-    # A base's own may hold settings of sampling that no longer fit, and that it then refuses to save.
     model.generation_config = GenerationConfig(**ids)
 
 

@@ -308,28 +308,87 @@ def read_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
+def is_adapter(folder: str | Path) -> bool:
+    """Tell whether a folder holds an adapter (adapters.py) and no whole model."""
+    folder = Path(folder)
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def manifest_of(
+    folder: str | Path,
+    *,
+    template: str | None = None,
+    format: str | None = None,
+    format_settings: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Return the manifest of a folder, or one that says what is given here where it has none.
+
+    Raises:
+        ModelError: If there is no manifest and template or format is not given; or if they differ from it.
+        UnknownName: If the template or format is unknown.
+    """
+    if template is None and format is None:
+        return read_manifest(folder)
+    from crystallm_kit.text.prompts import template_named
+    from crystallm_kit.text.representation import representation
+
+    if (Path(folder) / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        for what, given in (("template", template), ("format", format)):
+            if given not in (None, getattr(manifest, what)):
+                raise ModelError(
+                    f"{folder}: {what} '{given}' is asked for, but its {MANIFEST} says "
+                    f"'{getattr(manifest, what)}'. Leave it out."
+                )
+        return manifest
+    if template is None or format is None:
+        missing = "template" if template is None else "format"
+        raise ModelError(f"{folder}: no {MANIFEST}; give the {missing} that it was trained with too.")
+    settings = dict(format_settings or {})
+    representation(format, **settings)
+    return Manifest({}, format, settings, template, template_named(template).hash, "", 0)
+
+
 def load_model_folder(
-    path: str | Path, *, dtype: str = "float32", device: str = "cpu"
+    path: str | Path,
+    *,
+    dtype: str = "float32",
+    device: str = "cpu",
+    base: str | None = None,
+    template: str | None = None,
+    format: str | None = None,
+    format_settings: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Any, Manifest]:
-    """Return (model in evaluation mode, tokenizer, manifest) of a model folder.
+    """Return (model in evaluation mode, tokenizer, manifest) of a model folder or an adapter's.
 
     Args:
         path: The folder.
         dtype: Of the weights in memory.
         device: Where to.
+        base: Of an adapter: where its base is now; None: where the adapter says.
+        template: Name of the prompt template, for a folder without manifest.json.
+        format: Name of the text format, for such a folder.
+        format_settings: Its settings.
 
     Raises:
         ModelError: If the folder, its config, manifest, tokenizer or weights are missing, or a weights file
-            is
-            empty, cut short or a git-LFS pointer. Checked before any weight is read.
+            is empty, cut short or a git-LFS pointer. Checked before any weight is read.
+        MissingExtra: If it is an adapter and peft is not installed.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder.")
+    if is_adapter(folder):
+        from crystallm_kit.models.adapters import load_adapter
+
+        spoken = manifest_of(folder, template=template, format=format, format_settings=format_settings)
+        return load_adapter(folder, spoken, dtype=dtype, device=device, base=base)
+    if base is not None:
+        raise ModelError(f"{folder}: a whole model, no adapter; it has no base '{base}' to be put on.")
     if not (folder / "config.json").is_file():
         found = ", ".join(sorted(f.name for f in folder.iterdir())[:8]) or "nothing"
         raise ModelError(f"{folder}: no config.json; found {found}. Expected a model folder.")
-    manifest = read_manifest(folder)
+    manifest = manifest_of(folder, template=template, format=format, format_settings=format_settings)
     check_weights(folder)
     if not (folder / "tokenizer.json").is_file():
         raise ModelError(f"{folder}: no tokenizer.json. Copy in the tokenizer that it was trained with.")
@@ -366,11 +425,15 @@ def check_weights(folder: str | Path) -> None:
     else:
         names = ["model.safetensors"]
     for name in names:
-        _check_safetensors(folder / name)
+        check_safetensors(folder / name)
 
 
-def _check_safetensors(path: Path) -> None:
-    """Compare a safetensors header with the file's size. The file: u64 length, JSON header, data."""
+def check_safetensors(path: Path) -> None:
+    """Check that a safetensors file is whole: u64 length, JSON header, data of the size that it states.
+
+    Raises:
+        ModelError: If it is missing, empty, cut short, or something else.
+    """
     if not path.is_file():
         raise ModelError(f"{path.parent}: no {path.name}: the model's weights are missing.")
     size = path.stat().st_size
