@@ -35,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     _silence_libraries()
     try:
-        code: int = getattr(importlib.import_module("crystallm_kit.verbs"), options.verb)(options)
+        verb = "import_" if options.verb == "import" else options.verb  # a keyword is no function's name
+        code: int = getattr(importlib.import_module("crystallm_kit.verbs"), verb)(options)
         sys.stdout.flush()  # a closed pipe shows here, not at exit
         return code
     except (UserError, MissingExtra) as error:
@@ -191,6 +192,16 @@ def _add_model_verbs(verbs: Any) -> None:
     train.add_argument(
         "--fresh", action="store_true", help="remove the run that the folder holds, and begin anew"
     )
+
+    import_ = _verb(verbs, "import", "another system's checkpoint -> a model folder to generate with")
+    import_.add_argument("system", metavar="SYSTEM", help="crystallm or crystallm-pi")
+    import_.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="CrystaLLM's ckpt.pt; CrystaLLM-pi's folder with config.json and its weights",
+    )
+    import_.add_argument("--out", type=Path, required=True, metavar="DIR", help="the model folder, new")
 
     tokenizer = _verb(verbs, "tokenizer", "build tokenizers from their recipes")
     tokenizer.add_argument(

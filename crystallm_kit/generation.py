@@ -18,7 +18,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ from crystallm_kit.text.wyckoff import MAX_COUNT
 
 REDRAWS = 3
 _SMALL_MODEL_BYTES = 100_000_000
+LONGEST = 3000  # tokens of a sample, as in CrystaLLM; fewer where the model has fewer positions
 CHUNK = 1024  # requests handed to the engine at a time, so that results stream and memory stays bounded
 
 
@@ -53,6 +54,7 @@ class Model:
         known_elements: Elements of its training data; others are offered only where they are asked for.
         quantiles: Property name -> values at evenly spaced probabilities in its training data.
         max_sites: Atoms in the primitive cell that its texts hold; more only where they are asked for.
+        sampling: How tokens are drawn where nothing else is asked for.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Model:
     known_elements: tuple[str, ...]
     quantiles: dict[str, list[float]]
     max_sites: int = 24
+    sampling: Sampling = field(default_factory=Sampling)
 
 
 def load_model(path: str | Path | None = None, *, batch_size: int = 256, device: str | None = None) -> Model:
@@ -81,14 +84,20 @@ def load_model(path: str | Path | None = None, *, batch_size: int = 256, device:
         template = template_named(manifest.template, manifest.template_sha256)
     except UnknownName as error:
         raise ModelError(f"{folder}: {error}") from error
+    form = representation(manifest.format, **manifest.format_settings)
+    stop = form.alphabet().stop if tokenizer.eos_token_id is None else ""
+    engine = TransformersEngine(network, tokenizer, stop=stop, batch_size=batch_size, device=device)
     return Model(
         name="shipped" if path is None else str(path),
-        engine=TransformersEngine(network, tokenizer, batch_size=batch_size, device=device),
-        representation=representation(manifest.format, **manifest.format_settings),
+        engine=engine,
+        representation=form,
         template=template,
         known_elements=tuple(facts.get("elements", ELEMENTS)),
         quantiles=dict(facts.get("quantiles", {})),
         max_sites=int(facts.get("max_sites", 24)),
+        sampling=Sampling(
+            **facts.get("sampling", {}), max_new_tokens=max(1, min(engine.max_positions - 1, LONGEST))
+        ),
     )
 
 
@@ -131,7 +140,7 @@ def generate(
         n: Samples requested; also the length of the result.
         seed: Same seed, same samples.
         model: A Model, a folder, or None for the shipped one.
-        sampling: How tokens are drawn; its seed is replaced by `seed`.
+        sampling: How tokens are drawn, its seed replaced by `seed`; None: the model's own way.
         constrained: Draw only tokens that keep the text well formed and as asked (tokens/masking.py).
         protocol: A name in scores.thresholds.PROTOCOLS.
         unique: Mark copies.
@@ -175,7 +184,7 @@ def stream(
         beginnings: How each crystal's text begins; None: free.
     """
     asked = model if isinstance(model, Model) else (_shipped_model() if model is None else load_model(model))
-    sampling = dataclasses.replace(sampling or Sampling(), seed=seed)
+    sampling = dataclasses.replace(sampling or asked.sampling, seed=seed)
     prompts = list(_prompts(requests, asked, seed=seed, constrained=constrained, beginnings=beginnings))
     rounds = redraws if constrained and takes_requests(asked) else 0
     for start in range(0, len(prompts), CHUNK):
@@ -229,7 +238,10 @@ def _prompts(
     for index, conditions in enumerate(requests):
         rng = np.random.default_rng((seed, index, 1))
         text = model.template.render(conditions, rng, quantiles=model.quantiles)
-        yield Prompt(text, beginnings[index] if beginnings else "", request(conditions) if request else None)
+        beginning = beginnings[index] if beginnings else ""
+        if beginning and model.template.begins_the_text:
+            text, beginning = beginning, ""
+        yield Prompt(text, beginning, request(conditions) if request else None)
 
 
 def takes_requests(model: Model) -> bool:
@@ -266,8 +278,11 @@ def judge(
     """Return the sample of one completion: parsed, validated, measured."""
     from crystallm_kit.scores.validity import validate_and_measure
 
-    text = (completion.prompt if model.template.begins_the_text else "") + completion.text
-    parsed = parse_completion(text, model.representation, stop_reason=completion.stop_reason)
+    given = completion.prompt if model.template.begins_the_text else ""
+    text = given + completion.text
+    parsed = parse_completion(
+        text, model.representation, stop_reason=completion.stop_reason, n_given=len(given)
+    )
     common: dict[str, Any] = {
         "id": f"{seed}-{index}",
         "text": text,
@@ -335,6 +350,8 @@ def infill(
         structure.replace_species({element: candidate})
         texts.append(asked.representation.encode(Crystal(crystal.id, structure)))
     unconditional = asked.template.render(Conditions())
+    if asked.template.begins_the_text:
+        texts = [text.removeprefix(unconditional) for text in texts]
     sampling = Sampling(max_new_tokens=asked_positions(asked))
     scored = list(asked.engine.complete([Prompt(unconditional, text) for text in texts], sampling))
     if any(c.stop_reason != "stop" for c in scored):
@@ -372,7 +389,8 @@ def complete_crystal(
 
     asked = model if isinstance(model, Model) else (_shipped_model() if model is None else load_model(model))
 
-    beginning = completion_prefix(partial_text)
+    is_whole = asked.template.begins_the_text  # CrystaLLM's users bring prompts that end where they want
+    beginning = partial_text if is_whole else completion_prefix(partial_text)
     if not beginning:
         raise ParseError("empty", "nothing given to complete")
     # What is given is asked for, be it beyond what the model was trained on.

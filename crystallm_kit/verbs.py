@@ -21,7 +21,6 @@ from crystallm_kit.errors import EncodeError, ParseError, UnknownName, UserError
 from crystallm_kit.records import Conditions, Crystal, Sample, Verdict
 
 if TYPE_CHECKING:
-    from crystallm_kit.engines.engine import Sampling
     from crystallm_kit.generation import Model
     from crystallm_kit.structures.files import ReadFailure
     from crystallm_kit.text.words import Understood
@@ -42,11 +41,11 @@ def generate(options: argparse.Namespace) -> int:
     understood, conditions = _asked(options)
     n = _n_requested(options, understood)
     _known("protocol", options.protocol, PROTOCOLS)
-    sampling = _sampling(options)
+    given = _sampling(options)
     check_folder(options.out)
     model = _model(options)
     samples = stream(
-        [conditions] * n, seed=options.seed, model=model, sampling=sampling,
+        [conditions] * n, seed=options.seed, model=model, sampling=replace(model.sampling, **given),
         constrained=not options.unconstrained, protocol=options.protocol,
     )  # fmt: skip
     return _finish(options, samples, n, understood=understood, conditions=conditions)
@@ -225,6 +224,19 @@ def train(options: argparse.Namespace) -> int:
     return 0
 
 
+def import_(options: argparse.Namespace) -> int:
+    """Turn another system's checkpoint into a model folder."""
+    from crystallm_kit.models.importing import import_model
+
+    made = import_model(options.system, options.checkpoint, options.out)
+    facts = "".join(f"; {name} {value}" for name, value in made.facts.items() if name != "source_sha256")
+    print(f"{made.folder}: {made.n_parameters:,} parameters{facts}")
+    for note in made.notes:
+        print(f"note: {note}")
+    print(f"crystallm-kit generate --model {made.folder}")
+    return 0
+
+
 def tokenizer(options: argparse.Namespace) -> int:
     """Build tokenizers from their recipes."""
     from crystallm_kit.tokens.tokenizer import main as build
@@ -294,11 +306,14 @@ def _n_requested(options: argparse.Namespace, understood: "Understood | None") -
     return 1 if n is None else int(n)
 
 
-def _sampling(options: argparse.Namespace) -> "Sampling":
+def _sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings of the sampling that are given; the model's own hold for the others."""
     from crystallm_kit.engines.engine import Sampling
 
-    given = {name: getattr(options, name) for name in ("temperature", "number_temperature", "top_p", "top_k")}
-    return Sampling(seed=options.seed, **{name: value for name, value in given.items() if value is not None})
+    names = ("temperature", "number_temperature", "top_p", "top_k")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    Sampling(seed=options.seed, **given)  # refused before the model is loaded
+    return given
 
 
 def _model(options: argparse.Namespace) -> "Model":

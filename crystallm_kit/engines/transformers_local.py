@@ -251,6 +251,11 @@ class TransformersEngine:
     def _has_wyckoff_ids(self) -> bool:
         return bool(self.tokenizer.convert_tokens_to_ids(list(TOKENS)) == list(range(len(TOKENS))))
 
+    @property
+    def max_positions(self) -> int:
+        """Return how many tokens prompt and completion may have together."""
+        return self._positions()
+
     def _positions(self) -> int:
         return int(self.model.config.max_position_embeddings)
 

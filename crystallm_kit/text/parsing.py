@@ -44,7 +44,7 @@ class _Block:
 
 
 def parse_completion(
-    text: str, representation: Representation, *, stop_reason: StopReason = "stop"
+    text: str, representation: Representation, *, stop_reason: StopReason = "stop", n_given: int = 0
 ) -> Crystal | Verdict:
     """Return the crystal in a model's text, or a verdict with one reason.
 
@@ -52,6 +52,7 @@ def parse_completion(
         text: Prompt and completion joined, as far as the prompt is part of the crystal's text.
         representation: The format to read.
         stop_reason: As in records.Completion: "length" means that the text was cut.
+        n_given: So many characters of the text are the prompt's: no end in them is the model's.
 
     Returns:
         The crystal; or an invalid verdict with reason "truncated" (cut before the end), "error" (the engine
@@ -60,7 +61,7 @@ def parse_completion(
     if stop_reason == "error":
         return Verdict(False, "error", "the engine returned an error for this request")
     alphabet = representation.alphabet()
-    end = _end_of(text, alphabet)
+    end = _end_of(text, alphabet, n_given)
     if stop_reason == "length" and end is None:
         return Verdict(False, "truncated", f"cut after {len(text)} characters, before the end of the crystal")
     furthest, furthest_line = ParseError("empty", "no text"), -1
@@ -80,12 +81,13 @@ def parse_completion(
     return Verdict(False, f"parse:{furthest.reason}", str(furthest))
 
 
-def _end_of(text: str, alphabet: Alphabet) -> re.Match[str] | None:
+def _end_of(text: str, alphabet: Alphabet, n_given: int) -> re.Match[str] | None:
     """Return where the first end stands; an end that is a word ("end") has to be the last of its line."""
     if alphabet.end is None:
-        return re.search(re.escape(alphabet.stop), text) if alphabet.stop else None
+        return re.compile(re.escape(alphabet.stop)).search(text, n_given) if alphabet.stop else None
     is_word = alphabet.end.isalnum()
-    return re.search((r"\b%s(?=[ \t]*(?:\n|<|\Z))" if is_word else "%s") % re.escape(alphabet.end), text)
+    pattern = (r"\b%s(?=[ \t]*(?:\n|<|\Z))" if is_word else "%s") % re.escape(alphabet.end)
+    return re.compile(pattern).search(text, n_given)
 
 
 def _blocks(text: str, end: re.Match[str] | None, alphabet: Alphabet) -> Iterator[_Block]:
