@@ -1,11 +1,12 @@
 """Progress of a training run, for people.
 
-    step 1,200/10,000  loss 0.7312  validation 0.7420  lr 9.8e-04  1,690,000 tokens/s  MFU 15%  8:20 left
+    step 1,200/10,000  loss 0.73  validation 0.74  lr 9.8e-04  1,690,000 tokens/s  MFU 15%  12.1 GB  8:20 left
 
 Tokens are those of crystals and prompts, padding left out; time of validation and checkpoints counts for no
-step. MFU (model FLOP utilisation): tokens/s x 6 FLOPs per weight over the device's peak.
+step. MFU (model FLOP utilisation): tokens/s x FLOPs per token (Learner.flops_per_token) over the GPUs' peak.
+Memory is the most that the main process's GPU has held so far.
 
-Not here: metrics.jsonl, for programs (training.py).
+Not here: metrics.jsonl, for programs (curves.py).
 """
 
 import sys
@@ -16,23 +17,30 @@ from typing import Any
 class Screen:
     """Progress for people: a live line on a terminal, plain lines elsewhere."""
 
-    def __init__(
-        self, n_steps: int, flops_per_token: float, peak_flops: float | None, *, quiet: bool
-    ) -> None:
-        self.n_steps, self.flops_per_token, self.peak_flops, self.quiet = (
-            n_steps,
-            flops_per_token,
-            peak_flops,
-            quiet,
-        )
+    def __init__(self, *, quiet: bool) -> None:
+        self.quiet = quiet
+        self.n_steps = 0
+        self.flops_per_token = 0.0
+        self.peak_flops: float | None = None
         self.validation = ""
         self.seconds = 0.0
         self.n_tokens = 0
         self.is_terminal = sys.stderr.isatty()
         self._mark = time.perf_counter()
 
-    def start(self, step: int, description: str) -> None:
-        """Print what is about to run, and start the clock."""
+    def start(
+        self, step: int, n_steps: int, description: str, flops_per_token: float, peak_flops: float | None
+    ) -> None:
+        """Print what is about to run, and start the clock.
+
+        Args:
+            step: Where the run stands.
+            n_steps: Its length.
+            description: Of model and data.
+            flops_per_token: What a token costs.
+            peak_flops: Of all GPUs together, in FLOP/s; None: not known.
+        """
+        self.n_steps, self.flops_per_token, self.peak_flops = n_steps, flops_per_token, peak_flops
         self.say(f"{description}{f', from step {step:,}' if step else ''}")
         self._mark = time.perf_counter()
 
@@ -47,9 +55,11 @@ class Screen:
         step, loss = records[-1]["step"], sum(record["loss"] for record in records) / len(records)
         left = (self.n_steps - step) * seconds / len(records)
         used = f"  MFU {rate * self.flops_per_token / self.peak_flops:.0%}" if self.peak_flops else ""
+        memory = self.peak_memory_gb()
+        held = "" if memory is None else f"  {memory:.1f} GB"
         self.say(
             f"step {step:,}/{self.n_steps:,}  loss {loss:.4f}{self.validation}  lr {records[-1]['lr']:.1e}  "
-            f"{rate:,.0f} tokens/s{used}  {int(left) // 60}:{int(left) % 60:02d} left",
+            f"{rate:,.0f} tokens/s{used}{held}  {int(left) // 60}:{int(left) % 60:02d} left",
             live=True,
         )
 
@@ -58,6 +68,18 @@ class Screen:
         self.validation = f"  validation {loss:.4f}"
         self.say(f"step {step:,}  validation loss {loss:.4f}")
         self._mark = time.perf_counter()
+
+    def looked(self, step: int, numbers: dict[str, float]) -> None:
+        """Print what samples were like; the time that they took counts for no step."""
+        shown = "  ".join(f"{name.replace('_', ' ')} {number:.3g}" for name, number in numbers.items())
+        self.say(f"step {step:,}  {shown}")
+        self._mark = time.perf_counter()
+
+    def peak_memory_gb(self) -> float | None:
+        """Return the most memory that tensors had on this process's GPU, in 1e9 bytes; None without a GPU."""
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
 
     def say(self, text: str, *, live: bool = False) -> None:
         """Print a line to stderr; a live one is overwritten by the next on a terminal."""

@@ -1,4 +1,4 @@
-"""Training: one resumable loop over accelerate, from token arrays to a model folder.
+"""Training: one resumable loop over accelerate, from token arrays to a model folder or an adapter.
 
     python -m crystallm_kit.models.training finetune/llama-scratch-wyckoff-mp.yaml --npz corpus.npz --out
     runs/a
@@ -6,22 +6,20 @@
 On the screen, one line per `log_every` steps:
     step 1,200/10,000  loss 0.7312  validation 0.7420  lr 9.8e-04  2,310,000 tokens/s  MFU 14 %  8:20 left
 
-In `--out`: recipe.yaml (as run), metrics.jsonl (every step's loss), checkpoints/ (the last two and the best),
-model/ (the model folder, written at the end). Killed at any moment, the same command goes on from the last
-checkpoint with the losses that the uninterrupted run would have had; on one CPU they are equal to the last
-digit.
+In `--out`: recipe.yaml (as run), metrics.jsonl (every step's loss), checkpoints/ (the last two and the
+best), model/ (the model folder, or the adapter's, written at the end). Killed at any moment, the same command
+goes on from the last checkpoint with the losses that the uninterrupted run would have had; on one CPU they
+are equal to the last digit.
 
 It holds at every checkpoint that all losses before it were finite. SIGTERM saves and returns (exit code 0).
-Weights are float32 and the forward pass bfloat16 (autocast) on a GPU; on a CPU everything is float32.
 
-Not here: how a step is cut into rows (batches.py), model folders (checkpoints.py), corpus preparation
-(tokens/corpus.py).
+Not here: the model that learns (learner.py), how a step is cut into rows (batches.py), processes
+(distribution.py), checkpoints (run_state.py), corpus preparation (tokens/corpus.py).
 """
 
 import argparse
 import contextlib
 import dataclasses
-import errno
 import json
 import math
 import os
@@ -29,7 +27,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,43 +35,42 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import yaml
-from torch import nn
 
 from crystallm_kit.errors import RecipeError, TrainingError, UserError
-from crystallm_kit.models.batches import DeviceExamples, Layout, Step, TokenSource, open_source
-from crystallm_kit.models.checkpoints import (
-    Manifest,
-    git_commit,
-    library_versions,
-    new_model,
-    replace_folder,
-    save_model,
-)
+from crystallm_kit.models import bases, preflight
+from crystallm_kit.models.batches import DeviceExamples, Step, TokenSource, open_source
+from crystallm_kit.models.checkpoints import Manifest, git_commit, library_versions
+from crystallm_kit.models.curves import Curves
+from crystallm_kit.models.distribution import Distribution
+from crystallm_kit.models.failures import GradientWatch, diverged, explain
+from crystallm_kit.models.learner import Learner, layout_of
+from crystallm_kit.models.memory import scratch_config
 from crystallm_kit.models.progress import Screen
-from crystallm_kit.models.training_loss import SummedLoss, add_residual_dropout, attention, compile_layers
+from crystallm_kit.models.run_state import (
+    checkpoint_folders,
+    last_step,
+    read_facts,
+    read_tensors,
+    read_weights,
+    save_checkpoint,
+    save_weights,
+)
 from crystallm_kit.models.training_recipe import TrainingRecipe, learning_rate
 from crystallm_kit.recipes import load_recipe, recipe_to_dict
 from crystallm_kit.tokens.drawing import Examples
 
-# Dense bf16 peak in FLOP/s by the vendors' datasheets, for model FLOP utilisation.
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
-# Keys that may differ between a run and its resumption: they change where it ends, not what a step does.
+# Looks at the model as it is after some steps: (model in evaluation mode, step) -> numbers by name.
+OnSamples = Callable[[Any, int], dict[str, float]]
+Stopped = Literal["done", "early", "time", "signal"]
+
+# Keys that may differ between a run and its resumption: they change where it ends and what is seen of it, not
+# what a step does.
 _FREE_KEYS = frozenset(
-    [
-        "epochs",
-        "steps",
-        "eval_every",
-        "checkpoint_every",
-        "log_every",
-        "max_minutes",
-        "early_stopping_patience",
-        "compile",
-        "export",
-        "export_dtype",
-        "export_shard_mb",
-        "micro_tokens",
-    ]
+    """epochs steps eval_every checkpoint_every log_every max_minutes early_stopping_patience sharding
+    compile export export_dtype export_shard_mb micro_tokens overfit_check sample_every samples track
+    push_to_hub""".split()
 )
+_FREE_DATA_KEYS = ("data.corpus", "data.tokenizer", "data.inputs", "data.validation")
 
 
 @dataclass(frozen=True)
@@ -83,58 +80,61 @@ class TrainingResult:
     Attributes:
         stopped: done, early (no better validation loss), time (max_minutes), signal (SIGTERM: run it again).
         steps: Optimizer steps done.
-        model_folder: The model; None after a signal.
+        model_folder: The model or adapter; None after a signal.
         validation_loss: Best validation loss, in nats per token.
         tokens_per_second: Over this process's steps, validation and checkpoints left out.
+        peak_memory_gb: Of one GPU, in 1e9 bytes; None on a CPU.
     """
 
-    stopped: Literal["done", "early", "time", "signal"]
+    stopped: Stopped
     steps: int
     model_folder: Path | None
     validation_loss: float
     tokens_per_second: float
+    peak_memory_gb: float | None = None
 
 
 def train(
-    recipe: TrainingRecipe, out: str | Path, *, source: TokenSource | None = None, resume: bool = True
+    recipe: TrainingRecipe,
+    out: str | Path,
+    *,
+    source: TokenSource | None = None,
+    resume: bool = True,
+    on_samples: OnSamples | None = None,
 ) -> TrainingResult:
-    """Train a model from scratch and write its folder to `out/model`.
+    """Train a model, or fine-tune a base, and write its folder to `out/model`.
 
     Args:
         recipe: Everything that the run depends on.
         out: Folder of the run.
         source: Examples; None: the recipe's `data.corpus`.
         resume: Go on from the last checkpoint in `out`; False: begin anew, and remove what is there.
+        on_samples: Called on the main process every `recipe.sample_every` steps; what it returns joins the
+            curves. Not called where weights are sharded, since no process has the model whole.
 
     Raises:
         RecipeError: If the recipe does not fit the corpus, or the run that `out` holds.
         ReadError: If the corpus cannot be read.
+        ModelError: If the base model cannot be had, or is no causal LM.
         TrainingError: If the run cannot go on: a loss that is no number, a full disk, too little memory.
     """
     if source is None:
         if recipe.data.corpus is None:
             raise RecipeError("data.corpus is not set: name the corpus to train on.")
         source = open_source(recipe.data.corpus)
-    run = _Run(recipe, Path(out), source, resume)
+    out = Path(out)
     try:
-        return run.train()
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"{out}: out of GPU memory. Lower micro_tokens (now {recipe.micro_tokens:,}); the batch stays "
-            "the same, in more passes. Then run the same command: it resumes."
-        ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return _Run(recipe, out, source, resume, on_samples).train()
+    except (RuntimeError, OSError, MemoryError) as error:
+        told = explain(error, recipe, out, last_step=last_step(out / "checkpoints"))
+        if told is None:
             raise
-        raise TrainingError(
-            f"{out}: the disk is full; the last checkpoint is whole. Free space or raise checkpoint_every "
-            "and run the same command: it resumes."
-        ) from error
+        raise told from error
 
 
 @dataclass
 class _Progress:
-    """Where a run stands: what a checkpoint carries beside weights."""
+    """Where a run stands: what a checkpoint carries beside tensors."""
 
     step: int = 0
     epoch: int = 0
@@ -146,81 +146,65 @@ class _Progress:
 
 
 class _Run:
-    """One process's part of a run."""
+    """One process's part of a run: what happens when."""
 
-    def __init__(self, recipe: TrainingRecipe, out: Path, source: TokenSource, resume: bool) -> None:
-        from accelerate import Accelerator  # type: ignore[import-untyped]
-        from transformers import AttentionInterface
-
-        self.recipe, self.out, self.source = recipe, out, source
+    def __init__(
+        self,
+        recipe: TrainingRecipe,
+        out: Path,
+        source: TokenSource,
+        resume: bool,
+        on_samples: OnSamples | None,
+    ) -> None:
+        self.recipe, self.out, self.source, self.on_samples = recipe, out, source, on_samples
         self.info = source.info
-        self.accelerator = Accelerator(
-            mixed_precision="no"
-        )  # autocast is in SummedLoss, inside the compiled part
-        self.device: torch.device = self.accelerator.device
-        self.is_main = self.accelerator.is_main_process
-        self.world = self.accelerator.num_processes
+        self.distribution = distribution = Distribution(recipe.sharding)
+        self.is_main = distribution.is_main
         self.checkpoints = out / "checkpoints"
-        self.layout = Layout(
-            recipe.batch_tokens,
-            recipe.micro_tokens,
-            # the last token is a target only, so that a text may have one token more than positions
-            min(recipe.data.max_length or 10**9, recipe.model.max_positions + 1),
-            recipe.data.loss_on_prompt,
-            packed=self._is_packed(),
-            n_processes=self.world,
-        )
+        self.layout = layout_of(recipe, distribution)
         if self.is_main:
             if not resume:
-                for name in ("checkpoints", "metrics.jsonl", "recipe.yaml", "model"):
+                for name in ("checkpoints", "metrics.jsonl", "recipe.yaml", "model", "curves"):
                     _remove(out / name)
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
-
-        if self.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
-        AttentionInterface.register("crystallm_kit_training", attention)
-        self.model = new_model(recipe.model, self.info.vocabulary, seed=recipe.seed)
-        self.model.config._attn_implementation = "crystallm_kit_training"
-        self.model.to(self.device).train()
-        if recipe.residual_dropout:
-            add_residual_dropout(self.model, recipe.residual_dropout)
-        self.weights: list[torch.Tensor] = [p for p in self.model.parameters() if p.requires_grad]
-        self.averages = [w.detach().clone() for w in self.weights] if recipe.ema_decay else []
-        loss = SummedLoss(self.model, self.device.type, self.layout.max_length, bfloat16=self._is_bfloat16())
-        if recipe.compile and self.device.type == "cuda":
-            compile_layers(self.model, is_static=self.layout.packed)
-        self.loss: nn.Module = self.accelerator.prepare_model(loss)
-        self.optimizer = self._optimizer()
+        distribution.wait()
+        self.state = self._last_checkpoint()  # another recipe's is refused before weights are read
+        self.screen = Screen(quiet=not self.is_main)
+        self._preflight()
+        self.learner = Learner(recipe, self.info, self.layout, distribution)
         self.progress = _Progress()
-        torch.manual_seed(recipe.seed + 1_000_003 * self.accelerator.process_index)
         self._data: DeviceExamples
         self._validation: tuple[DeviceExamples, list[Step]] | None = None
         self.n_steps = self._total_steps()
         self._pending: list[tuple[int, torch.Tensor, torch.Tensor, float, int]] = []
-        self.screen = Screen(
-            self.n_steps, self._flops_per_token(), self._peak_flops(), quiet=not self.is_main
-        )
+        self.curves: Curves | None = None
+        self.watch = GradientWatch()
 
     def train(self) -> TrainingResult:
         """Run to the end, or to a reason to stop."""
         self._restore()
-        self._write_recipe()
+        self._check_overfit()
+        self._open()
         stop = _StopSignal()
-        stopped: Literal["done", "early", "time", "signal"] = "done"
+        stopped: Stopped = "done"
         begun = time.monotonic()
         recipe, progress = self.recipe, self.progress
-        self.screen.start(progress.step, self._describe())
+        learner = self.learner
+        self.screen.start(
+            progress.step, self.n_steps, self._describe(), learner.flops_per_token, learner.peak_flops
+        )
         steps = self._steps()
-        with stop:
+        with stop, contextlib.closing(self.curves) if self.curves else contextlib.nullcontext():
             while progress.step < self.n_steps:
                 self._step(next(steps))
                 is_last = progress.step == self.n_steps
-                if progress.step % recipe.log_every == 0 or is_last:
+                if self._is_due(recipe.log_every) or is_last:
                     self._flush()
                 is_better = False
-                if progress.step % recipe.eval_every == 0 or is_last:
+                if self._is_due(recipe.eval_every) or is_last:
                     is_better = self._evaluate()
+                if recipe.sample_every and self._is_due(recipe.sample_every):
+                    self._look_at_samples()
                 out_of_time = recipe.max_minutes and time.monotonic() - begun > 60 * recipe.max_minutes
                 if self._any(stop.asked):
                     stopped = "signal"
@@ -233,48 +217,41 @@ class _Run:
                     stopped = "early"
                 if is_better:
                     self._save_best()
-                if progress.step % recipe.checkpoint_every == 0 or is_last or stopped != "done":
+                if self._is_due(recipe.checkpoint_every) or is_last or stopped != "done":
                     self._flush()
                     self._save()
                 if stopped != "done":
                     break
-        if stopped == "signal":
-            self.screen.say(
-                f"stopped by a signal at step {progress.step:,}; the same command goes on from there"
-            )
-            return TrainingResult(stopped, progress.step, None, progress.best_loss, self.screen.mean_rate())
-        if progress.best_step == 0:
-            self._evaluate()
-            self._save_best()
-        folder = self._export()
-        return TrainingResult(stopped, progress.step, folder, progress.best_loss, self.screen.mean_rate())
+            if stopped == "signal":
+                self.screen.say(
+                    f"stopped by a signal at step {progress.step:,}; the same command goes on from there"
+                )
+                return self._result(stopped, None)
+            if progress.best_step == 0:
+                self._evaluate()
+                self._save_best()
+            return self._result(stopped, self._export())
+
+    def _result(self, stopped: Stopped, folder: Path | None) -> TrainingResult:
+        progress, rate = self.progress, self.screen.mean_rate()
+        return TrainingResult(
+            stopped, progress.step, folder, progress.best_loss, rate, self.screen.peak_memory_gb()
+        )
+
+    def _is_due(self, every: int) -> bool:
+        return self.progress.step % every == 0
 
     # -- one step
 
     def _step(self, step: Step) -> None:
-        recipe, data = self.recipe, self._data
-        rate = learning_rate(self.progress.step, self.n_steps, recipe)
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate
-        total = torch.zeros((), device=self.device)
-        groups = self.layout.own(step, self.accelerator.process_index)
-        for i, group in enumerate(groups):
-            is_last = i == len(groups) - 1
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.loss):
-                summed = self.loss(*data.batch(group))
-                # DDP takes the mean of the gradients over processes; what is wanted is their sum
-                self.accelerator.backward(summed * (self.world / step.n_targets))
-            total += summed.detach()
-        norm = nn.utils.clip_grad_norm_(self.weights, recipe.optimizer.gradient_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        rate = learning_rate(self.progress.step, self.n_steps, self.recipe)
+        groups = self.layout.own(step, self.distribution.rank)
+        batches = [self._data.batch(group) for group in groups]
+        loss, norm = self.learner.step(batches, step.n_targets, rate)
         self.progress.step += 1
         self.progress.step_in_epoch += 1
         self.progress.n_tokens += step.n_tokens
-        if self.averages:
-            decay = min(recipe.ema_decay, self.progress.step / (self.progress.step + 10))
-            torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
-        self._pending.append((self.progress.step, total / step.n_targets, norm, rate, step.n_tokens))
+        self._pending.append((self.progress.step, loss, norm, rate, step.n_tokens))
 
     def _steps(self) -> Iterator[Step]:
         """Yield the steps from where the run stands, epoch after epoch."""
@@ -294,7 +271,7 @@ class _Run:
     def _put(self, examples: Examples) -> DeviceExamples:
         return DeviceExamples(
             examples,
-            self.device,
+            self.distribution.device,
             pad_token_id=self.info.vocabulary.pad_token_id or 0,  # never a target, never seen: any id does
             loss_on_prompt=self.recipe.data.loss_on_prompt,
         )
@@ -308,7 +285,6 @@ class _Run:
 
     # -- losses
 
-    @torch.no_grad()
     def _evaluate(self) -> bool:
         """Measure the validation loss on the averaged weights; return whether it is the best so far."""
         self._flush()
@@ -316,171 +292,143 @@ class _Run:
             examples = self.source.validation()
             self._validation = (self._put(examples), list(self._plan(examples, None)))
         data, steps = self._validation
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
-        self.model.eval()
-        with self._averaged():
-            for step in steps:
-                for group in self.layout.own(step, self.accelerator.process_index):
-                    total += self.loss(*data.batch(group)).double()
-        self.model.train()
-        summed = self.accelerator.reduce(total, "sum")
-        loss = float(summed) / sum(step.n_targets for step in steps)
+        groups = [g for step in steps for g in self.layout.own(step, self.distribution.rank)]
+        with self.learner.averaged():
+            total = self.learner.summed_loss(data.batch(group) for group in groups)
+        loss = float(self.distribution.sum(total)) / sum(step.n_targets for step in steps)
         self._check_finite(loss, "validation loss", self.progress.step)
         progress = self.progress
         is_better = loss < progress.best_loss
         progress.evaluations_since_best = 0 if is_better else progress.evaluations_since_best + 1
         if is_better:
             progress.best_loss, progress.best_step = loss, progress.step
-        self._write_metrics([{"step": progress.step, "validation_loss": loss}])
+        self._write([{"step": progress.step, "validation_loss": loss}])
         self.screen.validated(progress.step, loss)
         return is_better
 
-    @contextlib.contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Exchange the weights for their running mean, in place, and put them back bit by bit."""
-        if not self.averages:
-            yield
+    def _look_at_samples(self) -> None:
+        """Let the caller judge samples of the averaged weights; the run goes on as if nobody had looked."""
+        if self.on_samples is None or self.distribution.is_sharded:
             return
-        kept = [weight.detach().clone() for weight in self.weights]
-        with torch.no_grad():
-            torch._foreach_copy_(self.weights, self.averages)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(self.weights, kept)
+        self._flush()
+        if self.is_main:
+            model, device = self.learner.model, self.distribution.device
+            devices = [device] if device.type == "cuda" else []
+            model.eval()
+            with self.learner.averaged(), torch.random.fork_rng(devices=devices):
+                numbers = self.on_samples(model, self.progress.step)
+            model.train()
+            self._write([{"step": self.progress.step, **numbers}])
+            self.screen.looked(self.progress.step, numbers)
+        self.distribution.wait()
 
     def _flush(self) -> None:
         """Bring the losses since the last call to the host, the only wait for the GPU; check, write them."""
         if not self._pending:
             return
-        numbers = torch.stack([torch.stack((loss, norm)) for _, loss, norm, _, _ in self._pending])
-        rows: list[list[float]] = self.accelerator.reduce(numbers[:, 0], "sum")[:, None].tolist()
-        norms: list[float] = numbers[:, 1].tolist()
+        losses: list[float] = self.distribution.sum(torch.stack([row[1] for row in self._pending])).tolist()
+        norms: list[float] = torch.stack([row[2] for row in self._pending]).tolist()
         records = []
-        for (step, _, _, rate, n_tokens), (loss,), norm in zip(self._pending, rows, norms, strict=True):
+        for (step, _, _, rate, n_tokens), loss, norm in zip(self._pending, losses, norms, strict=True):
             self._check_finite(loss, "loss", step)
-            self._check_finite(norm, "gradient", step)
+            if problem := self.watch.see(step, norm):
+                raise self._diverged(problem)
             records.append(
                 {"step": step, "loss": loss, "gradient_norm": norm, "lr": rate, "tokens": n_tokens}
             )
         self._pending.clear()
-        self._write_metrics(records)
+        self._write(records)
         self.screen.logged(records)
 
     def _check_finite(self, value: float, what: str, step: int) -> None:
-        if math.isfinite(value):
-            return
-        last = _last_checkpoint(self.checkpoints)
-        kept = f"the checkpoint of step {int(last.name):,} is good" if last else "there is no checkpoint yet"
-        lr, clip = self.recipe.optimizer.lr, self.recipe.optimizer.gradient_clip
-        raise TrainingError(
-            f"{self.out}: the {what} is {value} at step {step:,}; {kept}. Lower optimizer.lr (now {lr:g}) or "
-            f"optimizer.gradient_clip (now {clip:g}), or raise schedule.warmup_steps "
-            f"(now {self.recipe.schedule.warmup_steps}), and begin anew in another folder."
-        )
+        if not math.isfinite(value):
+            raise self._diverged(f"the {what} is {value} at step {step:,}")
+
+    def _diverged(self, problem: str) -> TrainingError:
+        return diverged(problem, self.recipe, self.out, last_step=last_step(self.checkpoints))
 
     def _any(self, flag: bool) -> bool:
         """Return whether any process says so. Several processes ask each other only at log steps."""
-        if self.world == 1:
-            return flag
-        if self.progress.step % self.recipe.log_every:
+        if self.distribution.world > 1 and not self._is_due(self.recipe.log_every):
             return False
-        told = self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum")
-        return bool(told > 0)
+        return self.distribution.any(flag)
 
     # -- checkpoints
 
     def _save(self) -> None:
-        """Write a checkpoint, whole or not at all, and drop all but the last two."""
-        from accelerate.utils import gather_object  # type: ignore[import-untyped]
-
+        device = self.distribution.device
         random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
-        all_random = gather_object([random])
-        if self.is_main:
-            folder = self.checkpoints / f"{self.progress.step:08d}"
-            state = {
-                "progress": dataclasses.asdict(self.progress),
-                "model": {name: w.detach() for name, w in self.model.named_parameters()},
-                "averages": self.averages,
-                "optimizer": self.optimizer.state_dict(),
-                "random": all_random,
-                "recipe": recipe_to_dict(self.recipe),
-                "data_sha256": self.source.sha256,
-            }
-            self._write_folder(folder, {"state.pt": state})
-            for old in _checkpoint_folders(self.checkpoints)[:-2]:
-                shutil.rmtree(old)
-        self.accelerator.wait_for_everyone()
+        if device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(device)
+        facts = {
+            "progress": dataclasses.asdict(self.progress),
+            "random": self.distribution.gather(random),
+            "recipe": recipe_to_dict(self.recipe),
+            "data_sha256": self.source.sha256,
+            "template": [self.info.template, self.info.template_sha256],
+        }
+        folder = self.checkpoints / f"{self.progress.step:08d}"
+        save_checkpoint(folder, facts, self.learner.tensors(), self.distribution)
 
     def _save_best(self) -> None:
-        if self.is_main:
-            with self._averaged():
-                weights = {name: w.detach().clone() for name, w in self.model.named_parameters()}
-            self._write_folder(
-                self.checkpoints / "best",
-                {"weights.pt": {"step": self.progress.best_step, "weights": weights}},
+        with self.learner.averaged():
+            save_weights(
+                self.checkpoints / "best", self.progress.best_step, self.learner.weights, self.distribution
             )
 
-    def _write_folder(self, folder: Path, files: dict[str, Any]) -> None:
-        writing = folder.with_name(f".{folder.name}.writing")
-        shutil.rmtree(writing, ignore_errors=True)
-        writing.mkdir()
-        try:
-            for name, content in files.items():
-                torch.save(content, writing / name)
-        except (RuntimeError, OSError) as error:
-            shutil.rmtree(writing, ignore_errors=True)
-            # torch reports a full disk as a RuntimeError of its zip writer
-            if shutil.disk_usage(self.checkpoints).free < 1e8:
-                raise OSError(errno.ENOSPC, "no space left") from error
-            raise
-        replace_folder(writing, folder)
+    def _last_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
+        """Return the last checkpoint that can be read.
+
+        Raises:
+            RecipeError: If it is another run's.
+        """
+        for folder in reversed(checkpoint_folders(self.checkpoints)):
+            try:
+                facts = read_facts(folder)
+            except (OSError, RuntimeError, EOFError, ValueError) as error:
+                print(f"{folder} cannot be read ({error}); trying the one before", file=sys.stderr)
+                continue
+            self._check_same_run(facts)
+            return folder, facts
+        return None
 
     def _restore(self) -> None:
         """Go to the last whole checkpoint, if there is one."""
-        state = None
-        for folder in reversed(_checkpoint_folders(self.checkpoints)):
-            try:
-                state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-                break
-            except (OSError, RuntimeError, EOFError, ValueError) as error:
-                self.screen.say(f"{folder} cannot be read ({error}); trying the one before")
-        if state is None:
-            if self.is_main:
-                self._trim_metrics(0)
+        if self.state is None:
             return
-        self._check_same_run(state)
-        named = dict(self.model.named_parameters())
-        with torch.no_grad():
-            for name, saved in state["model"].items():
-                named[name].copy_(saved)
-            for average, saved in zip(self.averages, state["averages"], strict=True):
-                average.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.progress = _Progress(**state["progress"])
-        random = state["random"]
-        if self.accelerator.process_index < len(random):
-            own = random[self.accelerator.process_index]
-            torch.set_rng_state(own["cpu"])
-            if "cuda" in own and self.device.type == "cuda":
-                torch.cuda.set_rng_state(own["cuda"], self.device)
-        if self.is_main:
-            self._trim_metrics(self.progress.step)
+        folder, facts = self.state
+        self.state = None
+        try:
+            read_tensors(folder, facts, self.learner.tensors())
+        except KeyError as error:
+            raise RecipeError(
+                f"{folder}: holds other weights than this recipe trains: no {error}. Name another folder."
+            ) from error
+        self.progress = _Progress(**facts["progress"])
+        self.learner.resumed(self.progress.step)
+        random = facts["random"]
+        rank, device = self.distribution.rank, self.distribution.device
+        if rank < len(random):
+            torch.set_rng_state(random[rank]["cpu"])
+            if "cuda" in random[rank] and device.type == "cuda":
+                torch.cuda.set_rng_state(random[rank]["cuda"], device)
         self.screen.say(f"resuming at step {self.progress.step:,}")
 
     def _check_same_run(self, state: dict[str, Any]) -> None:
-        then, now = state["recipe"], recipe_to_dict(self.recipe)
+        then, now = _flat(state["recipe"]), _flat(recipe_to_dict(self.recipe))
         changed = [
-            f"{key} was {before}, is {_flat(now).get(key)}"
-            for key, before in _flat(then).items()
+            f"{key} was {then.get(key)}, is {now.get(key)}"
+            for key in sorted(then.keys() | now.keys())
             if key.split(".")[0] not in _FREE_KEYS
-            and not key.startswith(("data.corpus", "data.tokenizer"))
-            and _flat(now).get(key) != before
+            and not key.startswith(_FREE_DATA_KEYS)
+            and now.get(key) != then.get(key)
         ]
-        if state["data_sha256"] != self.source.sha256:
+        template = [self.info.template, self.info.template_sha256]
+        if state["template"] != template:
+            changed.append(
+                f"the prompt template was {_template(state['template'])}, is {_template(template)}"
+            )
+        elif state["data_sha256"] != self.source.sha256:
             changed.append("the corpus has another content")
         if changed:
             raise RecipeError(
@@ -493,32 +441,25 @@ class _Run:
     def _export(self) -> Path:
         """Write out/model from the best or the last weights."""
         folder = self.out / "model"
-        if self.is_main:
-            with self._averaged():
-                if self.recipe.export == "best":
-                    best = torch.load(
-                        self.checkpoints / "best" / "weights.pt", map_location="cpu", weights_only=True
-                    )["weights"]
-                    named = dict(self.model.named_parameters())
-                    with torch.no_grad():
-                        for name, saved in best.items():
-                            named[name].copy_(saved)
-                self.model.config._attn_implementation = "sdpa"
-                save_model(
-                    folder,
-                    self.model,
-                    self.recipe.data.tokenizer,
-                    self._manifest(),
-                    dtype=self.recipe.export_dtype,
-                    max_shard_mb=self.recipe.export_shard_mb,
-                )
-        self.accelerator.wait_for_everyone()
+        with self.learner.averaged():
+            if self.recipe.export == "best":
+                self.learner.copy_weights(read_weights(self.checkpoints / "best"))
+            self.learner.export(folder, self._tokenizer(), self._manifest())
+        self.distribution.wait()
         self.screen.say(f"wrote {folder}")
         return folder
 
+    def _tokenizer(self) -> Path | None:
+        """Return the folder of the tokenizer: the recipe's, else the corpus's own."""
+        data = self.recipe.data
+        if data.tokenizer is not None or data.corpus is None:
+            return data.tokenizer
+        own = (data.corpus if data.corpus.is_dir() else data.corpus.parent) / "tokenizer"
+        return own if own.is_dir() else None
+
     def _manifest(self) -> Manifest:
-        progress = self.progress
-        device = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        progress, device, base = self.progress, self.distribution.device, self.recipe.base
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
         return Manifest(
             recipe=recipe_to_dict(self.recipe),
             format=self.info.format,
@@ -529,80 +470,85 @@ class _Run:
             seed=self.recipe.seed,
             git_commit=git_commit(),
             versions=library_versions(),
-            device=f"{self.world} x {device}",
+            device=f"{self.distribution.world} x {name}",
             results={
                 "validation_loss": progress.best_loss,
                 "validation_loss_step": progress.best_step,
                 "steps": progress.step,
                 "training_tokens": progress.n_tokens,
                 "tokens_per_second": round(self.screen.mean_rate()),
-                "parameters": sum(weight.numel() for weight in self.weights),
+                "parameters": self.learner.n_trainable,
             },
-        )
+            base={} if base is None else {
+                "name": base.name, "revision": base.revision, "method": base.method,
+                "quantisation": base.quantisation,
+            },
+        )  # fmt: skip
 
-    def _write_recipe(self) -> None:
+    def _open(self) -> None:
+        """Write the recipe, and open the curves where they end at the step that the run goes on from."""
         if self.is_main:
-            text = yaml.safe_dump(recipe_to_dict(self.recipe), sort_keys=False)
-            (self.out / "recipe.yaml").write_text(text, encoding="utf-8")
+            plain = recipe_to_dict(self.recipe)
+            (self.out / "recipe.yaml").write_text(yaml.safe_dump(plain, sort_keys=False), encoding="utf-8")
+            self.curves = Curves(self.out, self.recipe.track, plain, resume_step=self.progress.step)
 
-    def _write_metrics(self, records: list[dict[str, Any]]) -> None:
+    def _write(self, records: list[dict[str, Any]]) -> None:
+        if self.curves is not None:
+            self.curves.write(records)
+
+    def _preflight(self) -> None:
+        """Look at the data and at the memory that the run needs, before any weights are read."""
+        recipe, vocabulary = self.recipe, self.info.vocabulary
+        if recipe.base is not None:
+            bases.check_same_template(recipe.base.name, self.info)
+            config = bases.check_base(recipe.base, device_type=self.distribution.device.type)
+        else:
+            config = scratch_config(recipe, vocabulary.size)
         if self.is_main:
-            with (self.out / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+            lines = preflight.check(
+                recipe,
+                config,
+                self.layout,
+                self.source.examples(0),
+                vocabulary,
+                validation=self.source.validation(),
+                device=self.distribution.device,
+            )
+            for line in lines:
+                self.screen.say(line)
 
-    def _trim_metrics(self, step: int) -> None:
-        """Drop the lines after a step, and a half-written one, so that a resumed run logs no step twice."""
-        path = self.out / "metrics.jsonl"
-        if not path.exists():
-            return
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            with contextlib.suppress(ValueError):
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-        writing = path.with_suffix(".writing")
-        writing.write_text("".join(kept), encoding="utf-8")
-        writing.replace(path)
+    def _check_overfit(self) -> None:
+        """Where the recipe asks for it, learn one batch by heart, and forget it again.
 
-    # -- set-up
-
-    def _is_bfloat16(self) -> bool:
-        return self.recipe.precision == "bfloat16" and self.device.type == "cuda"
-
-    def _is_packed(self) -> bool:
-        can = self._is_bfloat16() and self.recipe.model.attention_dropout == 0
-        if self.recipe.rows == "packed" and self.device.type == "cuda" and not can:
-            raise RecipeError("rows: packed needs precision bfloat16 and model.attention_dropout 0 on a GPU.")
-        return can if self.recipe.rows == "auto" else self.recipe.rows == "packed"
-
-    def _optimizer(self) -> torch.optim.AdamW:
-        recipe = self.recipe.optimizer
-        groups = [
-            {"params": [w for w in self.weights if w.ndim >= 2], "weight_decay": recipe.weight_decay},
-            {"params": [w for w in self.weights if w.ndim < 2], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(
-            groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps, fused=self.device.type == "cuda"
-        )
-
-    def _flops_per_token(self) -> float:
-        """Return 6 FLOPs per weight that a token meets; an embedding that is not the head is only looked up.
-
-        Attention over texts of tens of tokens adds a few per cent, left out.
+        Raises:
+            TrainingError: If its loss does not fall as it must.
         """
-        n = sum(weight.numel() for weight in self.weights)
-        if not self.recipe.model.tie_embeddings:
-            n -= self.info.vocabulary.size * self.recipe.model.hidden_size
-        return 6.0 * n
-
-    def _peak_flops(self) -> float | None:
-        if self.device.type != "cuda":
-            return None
-        name = torch.cuda.get_device_name(self.device)
-        return next((peak * self.world for part, peak in _PEAK_FLOPS.items() if part in name), None)
+        n, progress = self.recipe.overfit_check, self.progress
+        if not n or progress.step:
+            return
+        learner = self.learner
+        before = {name: tensor.clone() for name, tensor in learner.tensors().items()}
+        random = torch.get_rng_state()
+        examples = self.source.examples(0)
+        step = next(self._plan(examples, 0))
+        data = self._put(examples)
+        groups = self.layout.own(step, self.distribution.rank)
+        losses = []
+        for _ in range(n):
+            loss, _norm = learner.step(
+                [data.batch(g) for g in groups], step.n_targets, self.recipe.optimizer.lr
+            )
+            losses.append(float(self.distribution.sum(loss)))
+        with torch.no_grad():
+            for name, tensor in learner.tensors().items():
+                tensor.copy_(before[name])
+        learner.resumed(0)
+        torch.set_rng_state(random)
+        if problem := preflight.judge_overfit(losses, self.recipe):
+            raise TrainingError(f"{self.out}: {problem}")
+        self.screen.say(f"overfit check: one batch, {n} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
 
     def _describe(self) -> str:
-        n = sum(weight.numel() for weight in self.weights)
         plan = list(self._plan(self.source.examples(0), 0))
         real, padded = (
             sum(step.n_tokens for step in plan),
@@ -611,8 +557,9 @@ class _Run:
         lengths = np.diff(self.source.examples(0).offsets)
         dropped = int((lengths > self.layout.max_length).sum())
         return (
-            f"{n:,} weights, {self.n_steps:,} steps; epoch 0: {len(lengths):,} examples, {dropped} too long, "
-            f"{real:,} tokens, {len(plan)} steps, padding {1 - real / padded:.1%}"
+            f"{self.learner.n_trainable:,} weights train, {self.n_steps:,} steps; epoch 0: {len(lengths):,} "
+            f"examples, {dropped} too long, {real:,} tokens, {len(plan)} steps, "
+            f"padding {1 - real / padded:.1%}"
         )
 
 
@@ -636,20 +583,15 @@ class _StopSignal:
         self.asked = True
 
 
-def _checkpoint_folders(checkpoints: Path) -> list[Path]:
-    """Return the folders of whole checkpoints, oldest first; names of half-written ones begin with a dot."""
-    return sorted(f for f in checkpoints.iterdir() if f.name.isdecimal()) if checkpoints.is_dir() else []
-
-
-def _last_checkpoint(checkpoints: Path) -> Path | None:
-    return next(reversed(_checkpoint_folders(checkpoints)), None)
-
-
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def _template(named: list[str]) -> str:
+    return f"'{named[0]}' ({named[1][:12]})"
 
 
 def _flat(data: dict[str, Any], before: str = "") -> dict[str, Any]:
@@ -684,7 +626,8 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    print(json.dumps(recipe_to_dict(result)))
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(recipe_to_dict(result)))
     return 0
 
 

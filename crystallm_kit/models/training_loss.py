@@ -16,8 +16,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
+from crystallm_kit.errors import RecipeError
 from crystallm_kit.models.batches import IGNORED
+
+ATTENTION = "crystallm_kit_training"  # key of `attention` in transformers' table of attention functions
 
 
 def attention(
@@ -81,7 +85,14 @@ def _flash_attention(
 
 
 class SummedLoss(nn.Module):
-    """A causal LM with its loss: a batch -> sum of the negative log-likelihoods, in nats."""
+    """A causal LM with its loss: a batch -> sum of the negative log-likelihoods, in nats.
+
+    Of a large vocabulary, logits are made at labelled positions alone: 16,000 positions of Llama 3's 128,256
+    tokens are 8 GB in float32, of which a prompt's are never looked at.
+
+    Attributes:
+        borders: Of the batch under way; for hooks (add_noise).
+    """
 
     def __init__(self, model: nn.Module, device_type: str, longest: int, *, bfloat16: bool) -> None:
         super().__init__()
@@ -89,6 +100,8 @@ class SummedLoss(nn.Module):
         self.device_type = device_type
         self.longest = longest
         self.is_bfloat16 = bfloat16
+        self.borders: torch.Tensor | None = None
+        self.is_large = model.config.get_text_config().vocab_size > _LARGE_VOCABULARY  # type: ignore[operator,union-attr]
 
     def forward(
         self,
@@ -98,29 +111,92 @@ class SummedLoss(nn.Module):
         borders: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return the sum over the labelled positions."""
-        packed: dict[str, Any] = {} if borders is None else {"borders": borders, "longest": self.longest}
+        self.borders = borders
+        given: dict[str, Any] = {} if borders is None else {"borders": borders, "longest": self.longest}
+        if self.is_large:
+            kept_K = (labels_BT != IGNORED).any(0).nonzero().squeeze(1)
+            given["logits_to_keep"] = kept_K
+            labels_BT = labels_BT[:, kept_K]
         with torch.autocast(self.device_type, dtype=torch.bfloat16, enabled=self.is_bfloat16):
             logits_BTV = self.model(
-                input_ids=inputs_BT, position_ids=positions_1T, use_cache=False, **packed
+                input_ids=inputs_BT, position_ids=positions_1T, use_cache=False, **given
             ).logits
-        flat = logits_BTV.float().view(-1, logits_BTV.shape[-1])
-        return functional.cross_entropy(flat, labels_BT.view(-1), ignore_index=IGNORED, reduction="sum")
+        flat, labels = logits_BTV.view(-1, logits_BTV.shape[-1]), labels_BT.reshape(-1)
+        if not self.is_large:
+            return _cross_entropy(flat, labels)
+        # the float32 copy lives for one piece at a time, forward and backward
+        pieces = [
+            checkpoint(_cross_entropy, part, part_labels, use_reentrant=False)
+            for part, part_labels in zip(torch.split(flat, _PIECE), torch.split(labels, _PIECE), strict=True)
+        ]
+        return torch.stack(pieces).sum() if pieces else flat.sum()
+
+
+# Rows of logits whose loss is computed together, and the size from which a vocabulary is worth the trouble.
+_PIECE, _LARGE_VOCABULARY = 4_096, 8_192
+
+
+def _cross_entropy(logits_NV: torch.Tensor, labels_N: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits_NV.float(), labels_N, ignore_index=IGNORED, reduction="sum")
+
+
+# Embeddings, and what layers add to the residual stream, in Llama's and in GPT-2's names.
+_RESIDUAL = ("embed_tokens", "o_proj", "down_proj", "wte", "c_proj")
 
 
 def add_residual_dropout(model: nn.Module, probability: float) -> None:
-    """Drop out the embedding and what each layer adds to the residual stream, by hooks."""
+    """Drop out the embedding and what each layer adds to the residual stream, by hooks.
+
+    Raises:
+        RecipeError: If the model has no layers of a known name.
+    """
 
     def drop(module: nn.Module, _: Any, output: torch.Tensor) -> torch.Tensor:
         return functional.dropout(output, probability, training=module.training)
 
-    for name, module in model.named_modules():
-        if name.endswith(("embed_tokens", "o_proj", "down_proj")):
-            module.register_forward_hook(drop)
+    found = [module for name, module in model.named_modules() if name.endswith(_RESIDUAL)]
+    if not found:
+        raise RecipeError(
+            f"residual_dropout: no layer of {type(model).__name__} is called {', '.join(_RESIDUAL)}. "
+            "Set it to 0."
+        )
+    for module in found:
+        module.register_forward_hook(drop)
+
+
+def add_noise(loss: SummedLoss, alpha: float) -> None:
+    """Add uniform noise to the embedded tokens in training (NEFTune, Jain et al. 2023, arXiv:2310.05914).
+
+    Its size is alpha / sqrt(length x width), with the length of each crystal by itself where rows are packed.
+    """
+
+    def disturb(module: nn.Module, _: Any, embedded_BTE: torch.Tensor) -> torch.Tensor:
+        if not module.training:
+            return embedded_BTE
+        n_positions, width = embedded_BTE.shape[1:]
+        if loss.borders is None:
+            lengths_T = torch.full((n_positions,), n_positions, device=embedded_BTE.device)
+        else:
+            positions = torch.arange(n_positions, device=embedded_BTE.device)
+            crystal_T = torch.searchsorted(loss.borders, positions, right=True)
+            lengths_T = loss.borders.diff()[crystal_T - 1]
+        size_T1 = alpha * (lengths_T * width).float().rsqrt()[:, None]
+        return embedded_BTE + torch.empty_like(embedded_BTE).uniform_(-1, 1) * size_T1.to(embedded_BTE.dtype)
+
+    loss.model.get_input_embeddings().register_forward_hook(disturb)  # type: ignore[operator]
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """Return the layers of a causal LM, in order; peft's wrapping is looked through."""
+    names = set(getattr(_unwrapped(model), "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def compile_layers(model: Any, *, is_static: bool) -> None:
     """Compile the decoder layers in place; being alike, they share one graph: quick at any depth."""
-    names = set(model._no_split_modules or ())
-    for module in model.modules():
-        if type(module).__name__ in names:
-            module.compile(dynamic=not is_static)
+    for module in decoder_layers(model):
+        module.compile(dynamic=not is_static)
+
+
+def _unwrapped(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

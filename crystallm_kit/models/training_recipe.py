@@ -25,7 +25,7 @@ class DataRecipe:
         corpus_recipe: How to prepare them: a finetune/corpus-*.yaml; None: the defaults of CorpusRecipe.
         tokenizer: Folder whose tokenizer goes into the model folder; None: the corpus folder's own.
         loss_on_prompt: Whether the tokens of the prompt are targets too.
-        max_length: Longer examples, in tokens, are left out; None: model.max_positions.
+        max_length: Longer examples, in tokens, are left out; None: model.max_positions, and 2,048 for a base.
     """
 
     corpus: Path | None = None
@@ -92,6 +92,7 @@ class TrainingRecipe:
             only.
         precision: bfloat16 (autocast, on a GPU) or float32.
         rows: Layout (batches.py); auto: packed on a GPU in bfloat16, else padded.
+        sharding: fsdp: weights, gradients and moments are spread over the GPUs (FSDP2); none: each has all.
         compile: torch.compile of the layers, on a GPU.
         early_stopping_patience: Validations without a better loss after which to stop; None: never.
         max_minutes: Stop after this time, save and export; None: never.
@@ -122,6 +123,7 @@ class TrainingRecipe:
     residual_dropout: float = 0.0
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     rows: Literal["auto", "packed", "padded"] = "auto"
+    sharding: Literal["none", "fsdp"] = "none"
     compile: bool = True
     early_stopping_patience: int | None = None
     max_minutes: float | None = None

@@ -199,12 +199,12 @@ def test_a_half_written_checkpoint_is_never_taken_for_whole(recipe, tmp_path, ca
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_good_checkpoint(recipe, tmp_path):
     train(dataclasses.replace(recipe, steps=5), tmp_path / "run")
     state = torch.load(tmp_path / "run" / "checkpoints" / "00000005" / "state.pt", weights_only=True)
-    state["model"]["model.norm.weight"][0] = math.nan
+    state["tensors"]["weight model.norm.weight"][0] = math.nan
     torch.save(state, tmp_path / "run" / "checkpoints" / "00000005" / "state.pt")
     with pytest.raises(TrainingError) as caught:
         train(dataclasses.replace(recipe, steps=50), tmp_path / "run")
     message = str(caught.value)
-    assert "the loss is nan at step 6; the checkpoint of step 5 is good" in message
+    assert "the loss is nan at step 6. The checkpoint of step 5 is whole and stays" in message
     assert "Lower optimizer.lr (now 0.005)" in message
     assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdecimal()] == [
         "00000005"
@@ -218,7 +218,7 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(recipe, tmp_path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("torch.save", full)
-    with pytest.raises(TrainingError, match="the disk is full; the last checkpoint is whole"):
+    with pytest.raises(TrainingError, match="the disk is full, or a quota is. The checkpoint of step 5 is whole"):
         train(recipe, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "00000005" / "state.pt").exists()
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
@@ -325,6 +325,7 @@ def test_schedules_pass_through_points_computed_by_hand(kind, expected):
     recipe = TrainingRecipe(
         seed=1,
         steps=100,
+        model=ModelRecipe(),
         optimizer=OptimizerRecipe(lr=1.0),
         schedule=ScheduleRecipe(kind, warmup_steps=10, final_lr_ratio=0.1, decay_fraction=0.2),
     )
@@ -333,11 +334,11 @@ def test_schedules_pass_through_points_computed_by_hand(kind, expected):
 
 
 def test_the_command_prints_a_mistake_and_exits_with_two(corpus, tmp_path, capsys):
-    (tmp_path / "x.yaml").write_text("seed: 1\nsteps: 1\noptimizer: {lr_rate: 1}\n")
+    (tmp_path / "x.yaml").write_text("seed: 1\nsteps: 1\nmodel: {}\noptimizer: {lr_rate: 1}\n")
     assert main([str(tmp_path / "x.yaml"), "--npz", str(corpus), "--out", str(tmp_path / "run")]) == 2
     assert "RecipeError" in (errors := capsys.readouterr().err)
     assert "did you mean 'lr'?" in errors
-    (tmp_path / "y.yaml").write_text("seed: 1\nsteps: 1\n")
+    (tmp_path / "y.yaml").write_text("seed: 1\nsteps: 1\nmodel: {hidden_size: 96}\n")
     assert (
         main([str(tmp_path / "y.yaml"), "--npz", str(tmp_path / "no.npz"), "--out", str(tmp_path / "run")])
         == 2

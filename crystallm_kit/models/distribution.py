@@ -1,0 +1,131 @@
+"""How a run is spread over processes: one, data parallel (DDP), or sharded (FSDP2).
+
+    distribution = Distribution(sharding="fsdp")          # under torchrun, srun or accelerate launch
+    loss = distribution.spread(SummedLoss(model, ...), layers)
+    distribution.backward(loss(*batch), loss, is_last=True)
+
+DDP keeps all weights on every GPU and adds up gradients. FSDP2 keeps a share of each weight on every GPU and
+gathers a layer when it is computed, so that a model larger than one GPU trains. A step's gradient is the sum
+over its targets, whoever computed them, so a run is the same run on any number of GPUs up to rounding.
+
+Not here: which process computes what (batches.Layout), checkpoints (run_state.py).
+"""
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Sharding = Literal["none", "fsdp"]
+
+
+class Distribution:
+    """The processes of a run; accelerate starts them.
+
+    Attributes:
+        device: Of this process.
+        rank, world: Number of this process, and of all.
+        is_main: Whether this process writes files and the screen.
+        is_sharded: Whether weights are spread (FSDP2).
+    """
+
+    def __init__(self, sharding: Sharding = "none") -> None:
+        from accelerate import Accelerator  # type: ignore[import-untyped]
+        from accelerate.utils import DistributedType  # type: ignore[import-untyped]
+
+        # autocast is in SummedLoss, inside the compiled part
+        self.accelerator = Accelerator(mixed_precision="no")
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world: int = self.accelerator.num_processes
+        self.is_main: bool = self.accelerator.is_main_process
+        wanted = sharding == "fsdp" or self.accelerator.distributed_type == DistributedType.FSDP
+        self.is_sharded = wanted and self.world > 1
+
+    def spread(self, loss: nn.Module, layers: Iterable[nn.Module], *, bfloat16: bool) -> nn.Module:
+        """Return the loss module for this process; call it before the optimizer takes the weights.
+
+        Args:
+            loss: On this process's device; with frozen and trainable weights.
+            layers: The decoder layers, which FSDP2 gathers one at a time.
+            bfloat16: Whether FSDP2 gathers and computes in bfloat16; gradients are added in float32.
+        """
+        if not self.is_sharded:
+            return self.accelerator.prepare_model(loss) if self.world > 1 else loss
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        settings: dict[str, Any] = {"mesh": init_device_mesh(self.device.type, (self.world,))}
+        if bfloat16:
+            settings["mp_policy"] = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        for layer in layers:
+            fully_shard(layer, **settings)
+        fully_shard(loss, **settings)
+        return loss
+
+    def backward(self, summed: torch.Tensor, loss: nn.Module, n_targets: int, *, is_last: bool) -> None:
+        """Add one pass's share of the step's gradient; processes exchange gradients in the last pass alone.
+
+        Args:
+            summed: Sum of the negative log-likelihoods of this pass.
+            loss: What `spread` returned.
+            n_targets: Of the whole step, over all processes.
+            is_last: Whether this is the step's last pass.
+        """
+        if self.is_sharded:
+            loss.set_requires_gradient_sync(is_last)  # type: ignore[operator]
+        waits = self.world == 1 or self.is_sharded or is_last
+        with contextlib.nullcontext() if waits else self.accelerator.no_sync(loss):
+            # processes take the mean of their gradients; what is wanted is their sum
+            (summed * (self.world / n_targets)).backward()  # type: ignore[no-untyped-call]
+
+    def clip(self, weights: list[torch.Tensor], largest: float) -> torch.Tensor:
+        """Scale the gradients down to a norm of at most `largest`; return the norm that they had."""
+        return full(nn.utils.clip_grad_norm_(weights, largest))
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the sum over processes."""
+        if self.world == 1:
+            return tensor
+        found: torch.Tensor = self.accelerator.reduce(tensor, "sum")
+        return found
+
+    def any(self, flag: bool) -> bool:
+        """Return whether any process says so."""
+        if self.world == 1:
+            return flag
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the value of every process."""
+        from accelerate.utils import gather_object
+
+        found: list[Any] = gather_object([value])
+        return found
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        self.accelerator.wait_for_everyone()
+
+    def end(self) -> None:
+        """Leave the group of processes, if this object's accelerator opened one."""
+        if self.world > 1:
+            self.accelerator.end_training()
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor whole, where it is spread over processes; every process has to call it."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Return this process's parts of tensors, sharing their memory."""
+    from torch.distributed.tensor import DTensor
+
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]
