@@ -2,6 +2,7 @@
 
     report = prepare(["mp.parquet", "more/"], CorpusRecipe(seed=1), "corpus/")
     corpus/  manifest.json  train-00000.parquet ...  validation-00000.parquet ...  corpus.npz  dropped.jsonl
+             tokenizer/ (the format's or the base model's; for the folders of models trained on the corpus)
              and, where the recipe asks for them, substituted-00000.parquet ... (substitutes.py)
 
 A row of a shard is one crystal: its texts and the parts of its prompts as token ids (encoding.py). Epochs are
@@ -36,10 +37,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from crystallm_kit.errors import EmptyInput, MissingExtra, ReadError, UserError
-from crystallm_kit.recipes import recipe_to_dict
+from crystallm_kit.recipes import from_dict, recipe_to_dict
 from crystallm_kit.structures.sources import check_path, entries_of
-from crystallm_kit.tokens.drawing import Examples, Sequences, running_sums, write_stored
-from crystallm_kit.tokens.encoding import CrystalEncoder, EncodingRecipe
+from crystallm_kit.tokens.drawing import Examples, Sequences, StoredInfo, running_sums, write_stored
+from crystallm_kit.tokens.encoding import (
+    CrystalEncoder,
+    EncodingRecipe,
+    check_pair,
+    check_round_trip,
+    write_tokenizer,
+)
 from crystallm_kit.tokens.parts import (
     PartReport,
     PartTask,
@@ -60,6 +67,8 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 ARRAYS = "corpus.npz"
 IGNORED = -100  # label of positions without loss, as torch's cross_entropy has it
+TOKENIZER = "tokenizer"
+_LIBRARIES = ("moyopy", "numpy", "pyarrow", "pymatgen", "tokenizers", "transformers")
 _HISTOGRAM_WIDTH = 32  # tokens
 _ROWS_IN_MEMORY = 2_000
 
@@ -182,17 +191,24 @@ def prepare(
     out = Path(out)
     recipe_plain = recipe_to_dict(recipe)
     fingerprint = [_fingerprint(split, paths) for split, paths in by_split.items()]
-    done = _finished_report(out, recipe_plain, fingerprint)
+    if recipe.encoding.tokenizer and (base := Path(recipe.encoding.tokenizer)).is_dir():
+        fingerprint.append(_fingerprint(TOKENIZER, sorted(base.glob("tokenizer*.json"))))
+    done = _finished_report(out, recipe, fingerprint)
     if done is not None:
         return done
-    info = CrystalEncoder(recipe.encoding, seed=recipe.seed).info  # names of format and template are right
+    check_pair(recipe.encoding)
     work = out / ".parts"
     work.mkdir(parents=True, exist_ok=True)
+    tokenizer_folder = _write_tokenizer(recipe.encoding, out)
+    encoder = CrystalEncoder(recipe.encoding, seed=recipe.seed, tokenizer_folder=tokenizer_folder)
+    check_round_trip(encoder)
+    info = encoder.info
+    own_tokenizer = tokenizer_folder if recipe.encoding.tokenizer else None  # what parts need to be told
     reports: list[PartReport] = []
     counts: Counter[str] = Counter()
     digest = hashlib.sha256()
     with (out / "dropped.jsonl").open("w", encoding="utf-8") as dropped_file:
-        for report, is_new in _encode(_tasks(by_split, recipe, work), workers, executor):
+        for report, is_new in _encode(_tasks(by_split, recipe, work, own_tokenizer), workers, executor):
             digest.update(report.sha256.encode())
             counts.update(
                 entries=report.n_entries, unknown=report.n_unknown_tokens, new_parts=is_new, parts=1,
@@ -240,12 +256,12 @@ def prepare(
         "report": asdict(report_),
         "data_sha256": report_.sha256,
         "seed": recipe.seed,
-        "versions": {name: version(name) for name in ("moyopy", "numpy", "pyarrow", "pymatgen")},
+        "versions": {name: version(name) for name in _LIBRARIES},
     }
     if recipe.substitutes:
         n_rows[SUBSTITUTED] = add_substitutes(
             out, recipe.encoding, n_per_crystal=recipe.substitutes, seed=recipe.seed,
-            max_tokens=recipe.max_tokens, workers=workers,
+            max_tokens=recipe.max_tokens, workers=workers, tokenizer_folder=own_tokenizer,
         )  # fmt: skip
         report_ = replace(report_, n_rows=n_rows)
         manifest["report"] = asdict(report_)
@@ -339,9 +355,6 @@ def export_arrays(folder: str | Path, path: str | Path, *, manifest: Mapping[str
     Raises:
         ReadError: If the folder holds no finished corpus.
     """
-    from crystallm_kit.recipes import from_dict
-    from crystallm_kit.tokens.drawing import StoredInfo
-
     manifest = manifest or read_manifest(folder)
     recipe = from_dict(manifest["recipe"], CorpusRecipe, where=f"{folder}: {MANIFEST}")
     info = from_dict(manifest["info"], StoredInfo, where=f"{folder}: {MANIFEST}")
@@ -450,12 +463,14 @@ def _fingerprint(split: str, paths: Iterable[Path]) -> list[Any]:
     return [split, [[str(f), f.stat().st_size, f.stat().st_mtime_ns] for f in files]]
 
 
-def _finished_report(out: Path, recipe: dict[str, Any], fingerprint: list[Any]) -> CorpusReport | None:
+def _finished_report(out: Path, recipe: CorpusRecipe, fingerprint: list[Any]) -> CorpusReport | None:
     """Return the report of a corpus that is finished already; raise if another one is in its place."""
     if not (out / MANIFEST).is_file():
         return None
     manifest = read_manifest(out)
-    if manifest.get("recipe") != json.loads(json.dumps(recipe)) or manifest.get("inputs") != fingerprint:
+    # settings that a corpus of before them lacks have their defaults
+    made_with = from_dict(manifest.get("recipe", {}), CorpusRecipe, where=f"{out}: {MANIFEST}")
+    if made_with != recipe or manifest.get("inputs") != fingerprint:
         raise UserError(
             f"{out}: holds a finished corpus of another recipe or other inputs. "
             "Name another folder, or remove this one."
@@ -463,8 +478,24 @@ def _finished_report(out: Path, recipe: dict[str, Any], fingerprint: list[Any]) 
     return CorpusReport(**manifest["report"])
 
 
-def _tasks(by_split: Mapping[str, list[Path]], recipe: CorpusRecipe, work: Path) -> Iterator[PartTask]:
-    settings = {"recipe": recipe.encoding, "seed": recipe.seed, "max_tokens": recipe.max_tokens}
+def _write_tokenizer(encoding: EncodingRecipe, out: Path) -> Path:
+    """Write the corpus's tokenizer, whole or not at all, and return its folder."""
+    writing, folder = out / f".{TOKENIZER}", out / TOKENIZER
+    shutil.rmtree(writing, ignore_errors=True)
+    write_tokenizer(encoding, writing)
+    shutil.rmtree(folder, ignore_errors=True)
+    return writing.rename(folder)
+
+
+def _tasks(
+    by_split: Mapping[str, list[Path]], recipe: CorpusRecipe, work: Path, tokenizer_folder: Path | None
+) -> Iterator[PartTask]:
+    settings = {
+        "recipe": recipe.encoding,
+        "seed": recipe.seed,
+        "max_tokens": recipe.max_tokens,
+        "tokenizer_folder": tokenizer_folder,
+    }
     number = 0
     for split, paths in by_split.items():
         for chunk in chunks(entries_of(paths), recipe.part_entries):

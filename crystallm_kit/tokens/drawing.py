@@ -84,6 +84,7 @@ class StoredInfo:
         format_settings: Its settings.
         template: Name of the prompt template.
         template_sha256: Its hash.
+        tokenizer_sha256: Of the tokenizer's tokenizer.json; "" in corpora of before it was noted.
     """
 
     vocabulary: VocabularyInfo
@@ -91,6 +92,7 @@ class StoredInfo:
     format_settings: dict[str, Any]
     template: str
     template_sha256: str
+    tokenizer_sha256: str = ""
 
 
 # What a sequence of a prompt is.

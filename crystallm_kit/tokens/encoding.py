@@ -6,8 +6,8 @@ r"""One crystal -> the token sequences that its training examples are made of.
 Texts: every equivalent description where the format knows them (`wyckoff`), the canonical one first; then, if
 the recipe augments, texts of augmented views. Prompts: the parts that a template's prompt can have, in its
 order, so that drawing.py draws conditions anew for each epoch; whole prompts where a template is no sum of
-parts. Deterministic: seed and id fix what is drawn, whatever the order of the crystals or the number of
-processes.
+parts, and where a base model's tokenizer cuts them, since that may join what stands in two parts.
+Deterministic: seed and id fix what is drawn, whatever the order of the crystals or the number of processes.
 
 Not here: drawing (drawing.py), files, splits and shards (corpus.py).
 """
@@ -18,21 +18,26 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
+from pymatgen.core.lattice import Lattice
 from pymatgen.core.structure import Structure
 
+from crystallm_kit.errors import ParseError, UserError
+from crystallm_kit.recipes import recipe_to_dict
 from crystallm_kit.records import Conditions, Crystal
 from crystallm_kit.structures.augmentation import AugmentationRecipe, augment
 from crystallm_kit.structures.elements import ELEMENTS, SYMBOL
 from crystallm_kit.structures.spacegroups import spacegroup_number
 from crystallm_kit.structures.symmetry import dataset, space_group
 from crystallm_kit.text.conditions import parse_formula
+from crystallm_kit.text.prompt_tokens import KIT_TEMPLATE_TOKENS
 from crystallm_kit.text.prompts import template_named, training_conditions
-from crystallm_kit.text.representation import representation
+from crystallm_kit.text.representation import Alphabet, representation
 from crystallm_kit.text.wyckoff import WyckoffRepresentation, text_to_symmetric
-from crystallm_kit.tokens.cutting import Cutter
+from crystallm_kit.tokens.cutting import BaseCutter, Cutter
 from crystallm_kit.tokens.drawing import (
     CLOSING,
     CONDITION,
@@ -45,7 +50,30 @@ from crystallm_kit.tokens.drawing import (
     StoredInfo,
     VocabularyInfo,
 )
+from crystallm_kit.tokens.tokenizer import (
+    FastTokenizer,
+    base_tokenizer,
+    extend_tokenizer,
+    format_tokenizer,
+    load_tokenizer,
+    save_tokenizer,
+    tokenizer_sha256,
+)
 
+# Format -> template that it has tokens for, and template -> formats that it asks for.
+OWN_TEMPLATE = {"wyckoff": "kit-1", "cif": "cif-crystallm"}
+_FORMATS_OF_TEMPLATE = {
+    "kit-1": ("wyckoff",),
+    "crystal-text-llm": ("compact",),
+    "cif-crystallm": ("cif",),
+}
+_PAIRS = (
+    "Without a tokenizer: wyckoff with kit-1, cif with cif-crystallm. With one: compact with "
+    "crystal-text-llm, wyckoff with kit-1, and every format with words-1."
+)
+_SAMPLE = Crystal(
+    "rock salt", Structure.from_spacegroup(225, Lattice.cubic(5.64), ["Na", "Cl"], [[0.0] * 3, [0.5] * 3])
+)
 _CIF_SYMMETRY = re.compile(
     r"data_(?P<formula>\w+)\n.*_symmetry_space_group_name_H-M +(?P<symbol>[^\n]+?) *\n", flags=re.DOTALL
 )
@@ -59,6 +87,9 @@ class EncodingRecipe:
         format: Name of the text format.
         format_settings: Its settings.
         template: Name of the prompt template.
+        tokenizer: Of the base model that is to be fine-tuned: a folder or a Hugging Face id. None: the
+            format's own alphabet, for models from scratch.
+        new_tokens: none: the base tokenizer as it is; format: extended by the format's tokens.
         n_texts: Most texts stored of one crystal.
         augmentation: Of the views whose texts are stored beside the crystal's own.
         n_whole_prompts: Prompts stored of one crystal, for templates that are no sum of parts.
@@ -68,6 +99,8 @@ class EncodingRecipe:
     format: str = "wyckoff"
     format_settings: dict[str, Any] = field(default_factory=dict)
     template: str = "kit-1"
+    tokenizer: str | None = None
+    new_tokens: Literal["none", "format"] = "none"
     n_texts: int = 16
     n_whole_prompts: int = 16
     dropping: ConditionDropping = field(default_factory=ConditionDropping)
@@ -76,6 +109,14 @@ class EncodingRecipe:
     def __post_init__(self) -> None:
         if min(self.n_texts, self.n_whole_prompts) < 1:
             raise ValueError("n_texts and n_whole_prompts must be at least 1")
+        if self.tokenizer is None and self.new_tokens != "none":
+            raise ValueError("new_tokens extends a base model's 'tokenizer', and none is given")
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the ids, as plain mappings: corpora of before a setting keep their hash."""
+        plain = recipe_to_dict(self)
+        new = {"tokenizer": None, "new_tokens": "none"}
+        return {name: value for name, value in plain.items() if name not in new or value != new[name]}
 
 
 @dataclass(frozen=True)
@@ -118,28 +159,64 @@ class EncodedCrystal:
 class CrystalEncoder:
     """Encodes crystals by one recipe."""
 
-    def __init__(self, recipe: EncodingRecipe, *, seed: int) -> None:
-        """Raises UnknownName or UserError if the recipe names no format, setting or template."""
+    def __init__(
+        self, recipe: EncodingRecipe, *, seed: int, tokenizer_folder: str | Path | None = None
+    ) -> None:
+        """Prepare to encode.
+
+        Args:
+            recipe: How.
+            seed: Of what is drawn.
+            tokenizer_folder: What `write_tokenizer` wrote; for a recipe with a base tokenizer.
+
+        Raises:
+            UnknownName: If the recipe names no format or template.
+            UserError: If it names no setting of the format, or the template does not fit the format.
+        """
         self.recipe = recipe
         self.seed = seed
         self.format = representation(recipe.format, **recipe.format_settings)
         self.alphabet = self.format.alphabet()
-        self.cut = Cutter(self.alphabet)
         self.template = template_named(recipe.template)
+        check_pair(recipe)
+        self.folder = tokenizer_folder
+        self.tokenizer: FastTokenizer | None = None
+        self.cut: Cutter | BaseCutter
+        if recipe.tokenizer is None:
+            self.cut = Cutter(self.alphabet)
+        else:
+            folder = tokenizer_folder
+            self.tokenizer = corpus_tokenizer(recipe) if folder is None else load_tokenizer(folder)
+            self.cut = BaseCutter(self.tokenizer)
         self._closing = "" if self.template.begins_the_text else self.template.render(Conditions())
 
     @property
     def info(self) -> StoredInfo:
         """What a model trained on the corpus has to know."""
-        ids = {token: position for position, token in enumerate(self.alphabet.tokens)}
-        vocabulary = VocabularyInfo(
-            size=len(ids),
-            pad_token_id=None if self.alphabet.pad is None else ids[self.alphabet.pad],
-            eos_token_id=self.cut.end_id,
-            element_token_ids={symbol: ids[symbol] for symbol in ELEMENTS if symbol in ids},
+        if self.tokenizer is None:
+            ids = {token: position for position, token in enumerate(self.alphabet.tokens)}
+            vocabulary = VocabularyInfo(
+                size=len(ids),
+                pad_token_id=None if self.alphabet.pad is None else ids[self.alphabet.pad],
+                eos_token_id=self.cut.end_id,
+                element_token_ids={symbol: ids[symbol] for symbol in ELEMENTS if symbol in ids},
+            )
+        else:
+            vocabulary = VocabularyInfo(
+                size=_n_ids(self.tokenizer),
+                pad_token_id=self.tokenizer.pad_token_id,
+                eos_token_id=self.cut.end_id,
+                bos_token_id=self.tokenizer.bos_token_id,
+                n_base=_n_ids(base_tokenizer(str(self.recipe.tokenizer))),
+            )
+        return StoredInfo(
+            vocabulary,
+            self.recipe.format,
+            dict(self.recipe.format_settings),
+            self.template.name,
+            self.template.hash,
+            "" if self.folder is None else tokenizer_sha256(self.folder),
         )
-        settings = dict(self.recipe.format_settings)
-        return StoredInfo(vocabulary, self.recipe.format, settings, self.template.name, self.template.hash)
 
     def __call__(self, crystal: Crystal) -> EncodedCrystal:
         """Return the sequences of a crystal.
@@ -217,11 +294,13 @@ class CrystalEncoder:
         everything = training_conditions(
             crystal, rng, none_probability=0.0, keep_probability=1.0, only_elements_probability=1.0, **known
         )
-        parts = self._parts(everything)
+        parts = self._parts(everything) if self.tokenizer is None else None
         if parts is None:
             dropping = vars(self.recipe.dropping)
             prompts = [
-                self.cut(self.template.render(training_conditions(crystal, rng, **dropping, **known), rng))
+                self.cut.prompt(
+                    self.template.render(training_conditions(crystal, rng, **dropping, **known), rng)
+                )
                 for _ in range(self.recipe.n_whole_prompts)
             ]
             return prompts, [WHOLE_PROMPT] * len(prompts)
@@ -252,6 +331,72 @@ class CrystalEncoder:
 
     def _part(self, single: Conditions) -> str:
         return self.template.render(single).removesuffix(self._closing)
+
+
+def check_pair(recipe: EncodingRecipe) -> None:
+    """Raise UserError if the recipe's template does not fit its format, or needs a base tokenizer."""
+    name, form = recipe.template, recipe.format
+    template = template_named(name)
+    fitting = _FORMATS_OF_TEMPLATE.get(name)
+    if fitting and form not in fitting:
+        raise UserError(
+            f"encoding: template '{name}' asks for {' or '.join(fitting)}, the format is '{form}'. {_PAIRS}"
+        )
+    if recipe.tokenizer is None and OWN_TEMPLATE.get(form) != name:
+        raise UserError(
+            f"encoding: the format '{form}' has no tokens of its own for the words of template '{name}'; "
+            f"name a base model's 'tokenizer'. {_PAIRS}"
+        )
+    if recipe.tokenizer is not None and template.begins_the_text:
+        raise UserError(
+            f"encoding: the prompts of template '{name}' are cut by the format's own tokens; leave "
+            f"'tokenizer' out. {_PAIRS}"
+        )
+
+
+def corpus_tokenizer(recipe: EncodingRecipe) -> FastTokenizer:
+    """Return the tokenizer of a corpus: the format's, the base model's, or that with the format's tokens.
+
+    Raises:
+        ModelError: If the base tokenizer cannot be loaded or has no end token.
+    """
+    if recipe.tokenizer is None:
+        return format_tokenizer(recipe.format, **recipe.format_settings)
+    tokenizer = base_tokenizer(recipe.tokenizer)
+    if recipe.new_tokens == "format":
+        tokenizer, _ = extend_tokenizer(tokenizer, _new_alphabet(recipe))
+    return tokenizer
+
+
+def write_tokenizer(recipe: EncodingRecipe, folder: str | Path) -> None:
+    """Write the tokenizer of a corpus, for its encoders and for the folders of models trained on it."""
+    tokenizer = corpus_tokenizer(recipe)
+    # where tokens were added, tokenizer.json must be read as it is, not built anew by the base's own class
+    save_tokenizer(tokenizer, folder, as_it_is=recipe.new_tokens == "format")
+
+
+def check_round_trip(encoder: CrystalEncoder) -> None:
+    """Raise UserError if the tokenizer's tokens do not give back the text of a crystal."""
+    try:
+        encoder.cut(encoder.format.encode(_SAMPLE))
+    except ParseError as error:
+        raise UserError(
+            f"tokenizer '{encoder.recipe.tokenizer}' does not suit the format '{encoder.recipe.format}': "
+            f"{error}"
+        ) from error
+
+
+def _new_alphabet(recipe: EncodingRecipe) -> Alphabet:
+    """Return what a base tokenizer is extended by: the format's tokens, and kit-1's where that asks."""
+    alphabet = representation(recipe.format, **recipe.format_settings).alphabet()
+    if recipe.template == "kit-1":
+        return alphabet
+    # a blank as a token of its own would cut English sentences apart
+    return replace(alphabet, tokens=tuple(t for t in alphabet.tokens if t not in KIT_TEMPLATE_TOKENS))
+
+
+def _n_ids(tokenizer: FastTokenizer) -> int:
+    return 1 + max(int(i) for i in tokenizer.get_vocab().values())  # some vocabularies have gaps
 
 
 def _one_by_one(conditions: Conditions) -> Mapping[str, Conditions]:

@@ -24,6 +24,7 @@ from crystallm_kit.recipes import from_dict, recipe_to_dict
 from crystallm_kit.structures.cif_pool import CifPool
 from crystallm_kit.structures.entries import Entry, crystal_of, parse
 from crystallm_kit.tokens.encoding import CrystalEncoder, EncodedCrystal, EncodingRecipe
+from crystallm_kit.tokens.tokenizer import tokenizer_sha256
 
 CIF_TIMEOUT_SECONDS = 20.0
 
@@ -41,6 +42,7 @@ class PartTask:
         max_tokens: Longer crystals are dropped.
         split: Split that the entries were given for, "" if none.
         sha256: Of entries and recipe.
+        tokenizer_folder: Of a base model's tokenizer; "" for the format's own.
     """
 
     number: int
@@ -51,6 +53,7 @@ class PartTask:
     max_tokens: int
     split: str
     sha256: str
+    tokenizer_folder: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,16 +85,20 @@ def task_of(
     seed: int,
     max_tokens: int,
     split: str,
+    tokenizer_folder: Path | None = None,
 ) -> PartTask:
-    """Return the task of encoding these entries."""
-    plain = recipe_to_dict(recipe)
-    digest = hashlib.sha256(json.dumps([plain, seed, max_tokens, split], sort_keys=True).encode())
+    """Return the task of encoding these entries; with a base tokenizer's folder, its hash counts too."""
+    decides = [recipe.identity(), seed, max_tokens, split]
+    if tokenizer_folder is not None:
+        decides.append(tokenizer_sha256(tokenizer_folder))
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode())
     for entry in entries:
         # pickled only to be hashed: entries hold texts, dicts and arrays
         digest.update(pickle.dumps((entry.id, entry.kind, entry.content, dict(entry.properties)), protocol=4))
     return PartTask(
-        number, tuple(entries), os.fspath(folder), plain, seed, max_tokens, split, digest.hexdigest()
-    )
+        number, tuple(entries), os.fspath(folder), recipe_to_dict(recipe), seed, max_tokens, split,
+        digest.hexdigest(), "" if tokenizer_folder is None else os.fspath(tokenizer_folder),
+    )  # fmt: skip
 
 
 def finished(task: PartTask) -> PartReport | None:
@@ -106,7 +113,7 @@ def finished(task: PartTask) -> PartReport | None:
 
 def encode_part(task: PartTask) -> PartReport:
     """Encode the entries of a part and write its two files."""
-    encoder = _encoder(json.dumps(task.recipe, sort_keys=True), task.seed)
+    encoder = _encoder(json.dumps(task.recipe, sort_keys=True), task.seed, task.tokenizer_folder)
     kept: list[EncodedCrystal] = []
     dropped: list[tuple[str, str, str]] = []
     with CifPool(1, timeout_seconds=CIF_TIMEOUT_SECONDS) as pool:  # starts no process until one is needed
@@ -140,8 +147,9 @@ def encode_part(task: PartTask) -> PartReport:
 
 
 @lru_cache(maxsize=2)
-def _encoder(recipe: str, seed: int) -> CrystalEncoder:
-    return CrystalEncoder(from_dict(json.loads(recipe), EncodingRecipe), seed=seed)
+def _encoder(recipe: str, seed: int, tokenizer_folder: str) -> CrystalEncoder:
+    plain = from_dict(json.loads(recipe), EncodingRecipe)
+    return CrystalEncoder(plain, seed=seed, tokenizer_folder=tokenizer_folder or None)
 
 
 def part_path(folder: Path, number: int) -> Path:

@@ -31,7 +31,7 @@ from crystallm_kit.tokens.parts import write_rows
 
 SUBSTITUTED = "substituted"
 _ROWS_OF_A_TASK = 1000
-_Task = tuple[list[str], int, SubstitutionTable, str, int, int, int]
+_Task = tuple[list[str], int, SubstitutionTable, str, int, int, int, str]
 
 
 def add_substitutes(
@@ -42,6 +42,7 @@ def add_substitutes(
     seed: int,
     max_tokens: int,
     workers: int = 1,
+    tokenizer_folder: Path | None = None,
 ) -> int:
     """Write a corpus's substitutes beside its shards and return how many there are.
 
@@ -52,6 +53,7 @@ def add_substitutes(
         seed: Of the draws.
         max_tokens: Longer ones are left out.
         workers: Processes.
+        tokenizer_folder: Of a base model's tokenizer; None: the format's own.
 
     Raises:
         UserError: If the format is not wyckoff, which alone tells a crystal's prototype.
@@ -69,8 +71,18 @@ def add_substitutes(
     table = learn_substitutions(text_to_symmetric(text) for text in texts)
     plain = json.dumps(recipe_to_dict(recipe), sort_keys=True)
     starts = range(0, len(texts), _ROWS_OF_A_TASK)
+    tokenizer = "" if tokenizer_folder is None else os.fspath(tokenizer_folder)
     tasks = [
-        (texts[start : start + _ROWS_OF_A_TASK], start, table, plain, n_per_crystal, seed, max_tokens)
+        (
+            texts[start : start + _ROWS_OF_A_TASK],
+            start,
+            table,
+            plain,
+            n_per_crystal,
+            seed,
+            max_tokens,
+            tokenizer,
+        )
         for start in starts
     ]
     seen = set(texts)
@@ -105,8 +117,8 @@ def _substitutes_of(task: _Task) -> list[EncodedCrystal]:
 
     Each depends on its crystal's position and the seed alone.
     """
-    texts, start, table, plain, n_per_crystal, seed, max_tokens = task
-    encoder = _encoder(plain, seed)
+    texts, start, table, plain, n_per_crystal, seed, max_tokens, tokenizer = task
+    encoder = _encoder(plain, seed, tokenizer)
     found = []
     for offset, text in enumerate(texts):
         original: SymmetricCrystal = text_to_symmetric(text)
@@ -125,5 +137,6 @@ def _substitutes_of(task: _Task) -> list[EncodedCrystal]:
 
 
 @lru_cache(maxsize=1)
-def _encoder(plain: str, seed: int) -> CrystalEncoder:
-    return CrystalEncoder(from_dict(json.loads(plain), EncodingRecipe), seed=seed)
+def _encoder(plain: str, seed: int, tokenizer: str) -> CrystalEncoder:
+    recipe = from_dict(json.loads(plain), EncodingRecipe)
+    return CrystalEncoder(recipe, seed=seed, tokenizer_folder=tokenizer or None)

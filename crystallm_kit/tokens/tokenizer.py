@@ -17,10 +17,11 @@ Not here: how texts are cut (text/representation.py), which id may come next (ma
 
 import argparse
 import copy
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from crystallm_kit.errors import ModelError, ParseError, UserError
 from crystallm_kit.recipes import load_recipe
@@ -34,6 +35,7 @@ from crystallm_kit.text.representation import (
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+FastTokenizer: TypeAlias = "PreTrainedTokenizerFast"  # for modules that do not load transformers
 UNUSED = "<unused_{}>"
 
 
@@ -124,6 +126,32 @@ def encode_strict(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
     return ids
 
 
+def prompt_ids(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
+    """Return the ids that a model gets for a prompt, in training and in generation alike.
+
+    The text's own ids; before them the tokenizer's first token (BOS) where it puts one there by default. An
+    end that a tokenizer appends by default is left out: the crystal follows.
+    """
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    first = tokenizer.bos_token_id
+    begins = first is not None and tokenizer("")["input_ids"][:1] == [first]
+    return [first, *ids] if begins and ids[:1] != [first] else ids
+
+
+def following_ids(tokenizer: "PreTrainedTokenizerFast", text: str) -> list[int]:
+    """Return the ids of a text that follows a line of a prompt.
+
+    Tokenizers of the SentencePiece kind put a blank before a text that stands alone; one that follows has
+    none.
+    """
+    line: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(f"\n{text}", add_special_tokens=False)["input_ids"]
+    if ids[: len(line)] == line:
+        return ids[len(line) :]
+    alone: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return alone
+
+
 def extend_tokenizer(
     base_tokenizer: "PreTrainedTokenizerFast", alphabet: Alphabet
 ) -> tuple["PreTrainedTokenizerFast", list[int]]:
@@ -136,7 +164,8 @@ def extend_tokenizer(
     A token of letters and digits is recognised only where it stands as a word of its own: adding "Na" leaves
     "Nation" as it was, and the "Na" of "Na4" is cut by the base's own rule. A token with a blank, a point or
     a newline ("12 ", ".25" of `wyckoff`) is recognised wherever it stands, in a prompt's numbers too.
-    Decoding gives the text back in every case.
+    Decoding gives the text back in every case: a blank that the base puts before every stretch between such
+    tokens (SentencePiece) is put before the first alone.
 
     Args:
         base_tokenizer: Any fast tokenizer; left unchanged.
@@ -145,6 +174,7 @@ def extend_tokenizer(
     from transformers import AddedToken
 
     tokenizer = copy.deepcopy(base_tokenizer)
+    _prefix_once(tokenizer)
     n_before = len(tokenizer)
     special = {alphabet.end, alphabet.pad, alphabet.unknown}
     new = [token for token in alphabet.tokens if token not in special and not _is_one_token(tokenizer, token)]
@@ -176,14 +206,58 @@ def load_tokenizer(path: str | Path) -> "PreTrainedTokenizerFast":
         raise ModelError(f"{path}: the tokenizer cannot be read: {error}") from error
 
 
-def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", path: str | Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json, as AutoTokenizer.from_pretrained reads them."""
+def base_tokenizer(name: str) -> "PreTrainedTokenizerFast":
+    """Return the tokenizer of a base model: of a folder, or of a Hugging Face id.
+
+    Decoding gives back what the tokens say: some tokenizers remove blanks before points and commas by
+    default, which would read "2.96 .3053" as "2.96.3053".
+
+    Raises:
+        ModelError: If there is none, it is a slow one, or it has no end token.
+    """
+    from transformers import AutoTokenizer
+
+    if Path(name).is_dir():
+        tokenizer = load_tokenizer(name)
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"tokenizer '{name}': {' '.join(str(error).split())[:300]}. Expected a folder with "
+                "tokenizer.json, or the Hugging Face id of a model."
+            ) from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"tokenizer '{name}': a slow one, without tokenizer.json; convert it first.")
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"tokenizer '{name}': it has no end token, so a model could not say where a crystal ends. "
+            "Set eos_token in its tokenizer_config.json."
+        )
+    tokenizer.clean_up_tokenization_spaces = False
+    return tokenizer
+
+
+def tokenizer_sha256(folder: str | Path) -> str:
+    """Return the sha256 of a tokenizer folder's tokenizer.json."""
+    return hashlib.sha256((Path(folder) / "tokenizer.json").read_bytes()).hexdigest()
+
+
+def save_tokenizer(tokenizer: "PreTrainedTokenizerFast", path: str | Path, *, as_it_is: bool = False) -> None:
+    """Write tokenizer.json and tokenizer_config.json, as AutoTokenizer.from_pretrained reads them.
+
+    Args:
+        tokenizer: Any fast tokenizer.
+        path: The folder.
+        as_it_is: Name the general class, which takes tokenizer.json as it is; a model family's own class may
+            make the steps before the vocabulary anew.
+    """
     folder = Path(path)
     tokenizer.save_pretrained(str(folder))
     config_file = folder / "tokenizer_config.json"
     config = json.loads(config_file.read_text())
     # The name that every release knows; transformers 5 writes its new, internal one.
-    if config.get("tokenizer_class") == "TokenizersBackend":
+    if as_it_is or config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
@@ -232,8 +306,29 @@ def _check_special(role: str, token: str, vocabulary: dict[str, int]) -> None:
 
 
 def _is_one_token(tokenizer: "PreTrainedTokenizerFast", token: str) -> bool:
-    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    ids = following_ids(tokenizer, token)
     return len(ids) == 1 and ids[0] != tokenizer.unk_token_id
+
+
+def _prefix_once(tokenizer: "PreTrainedTokenizerFast") -> None:
+    """Let a SentencePiece tokenizer put its "▁" before a text, not before what follows an added token.
+
+    As tokenizer files have it: a normalizer that prepends "▁" and replaces blanks (Llama 2, Mistral), or a
+    Metaspace step with the scheme "always". On texts without added tokens the ids stay what they were.
+    """
+    from tokenizers import pre_tokenizers
+
+    backend = tokenizer.backend_tokenizer
+    state = json.loads(backend.to_str())
+    normalizer, pre_tokenizer = state["normalizer"] or {}, state["pre_tokenizer"] or {}
+    steps = [step["type"] for step in normalizer.get("normalizers", [])]
+    always = pre_tokenizer.get("type") == "Metaspace" and pre_tokenizer.get("prepend_scheme") == "always"
+    if always or (steps == ["Prepend", "Replace"] and not pre_tokenizer):
+        if steps == ["Prepend", "Replace"]:
+            backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(
+            replacement="▁", prepend_scheme="first", split=bool(pre_tokenizer.get("split", False))
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:

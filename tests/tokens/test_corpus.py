@@ -1,7 +1,9 @@
 """Preparing a corpus: duplicates, splits without leaks, shards, resuming, reasons."""
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from pymatgen.io.cif import CifWriter
 from crystallm_kit.errors import EmptyInput, MissingExtra, ReadError, UserError
 from crystallm_kit.recipes import load_recipe
 from crystallm_kit.structures.augmentation import AugmentationRecipe
+from crystallm_kit.text.compact import CompactRepresentation
 from crystallm_kit.tokens.corpus import (
     CorpusRecipe,
     check_splits,
@@ -30,9 +33,19 @@ from crystallm_kit.tokens.corpus import (
     print_report,
     shards_of,
 )
-from crystallm_kit.tokens.drawing import Examples, StoredCorpus
+from crystallm_kit.tokens.drawing import (
+    ConditionDropping,
+    Examples,
+    Sequences,
+    StoredCorpus,
+    StoredInfo,
+    VocabularyInfo,
+    write_stored,
+)
 from crystallm_kit.tokens.encoding import CrystalEncoder, EncodingRecipe
+from crystallm_kit.tokens.parts import task_of
 from crystallm_kit.tokens.splits import SPLITS, split_of_composition
+from crystallm_kit.tokens.tokenizer import load_tokenizer, prompt_ids
 
 RECIPE = CorpusRecipe(seed=1, validation_fraction=0.3, test_fraction=0.1, part_entries=8, shard_rows=10)
 
@@ -223,16 +236,81 @@ def test_packed_rows_hold_every_example_once_and_no_loss_on_prompts():
         assert all(row["input_ids"][start] in offsets for start in starts)
 
 
-def test_augmented_views_become_further_texts_of_other_formats(halide_file, tmp_path):
+def test_augmented_views_become_further_texts_of_other_formats(halide_file, byte_level, tmp_path):
     augmentation = AugmentationRecipe(translate_probability=1.0, permute_sites_probability=0.5)
     encoding = EncodingRecipe(
         format="compact",
-        template="cif-crystallm",
+        template="crystal-text-llm",
+        tokenizer=str(byte_level),
         n_texts=4,
         augmentation=augmentation,
     )
     prepare([halide_file], replace(RECIPE, encoding=encoding, max_tokens=2048), tmp_path / "out")
     assert {len(row["texts"]) for row in rows(tmp_path / "out")} == {4}
+
+
+def test_a_corpus_of_a_base_tokenizer_holds_what_a_model_folder_needs(halide_file, byte_level, tmp_path):
+    encoding = EncodingRecipe(
+        format="compact", template="crystal-text-llm", tokenizer=str(byte_level), new_tokens="format",
+    )  # fmt: skip
+    out = tmp_path / "out"
+    report = prepare([halide_file], replace(RECIPE, encoding=encoding, max_tokens=2048), out, workers=2)
+    assert sum(report.n_rows.values()) == 40
+    tokenizer = load_tokenizer(out / "tokenizer")
+    info = StoredCorpus(out / "corpus.npz").info
+    assert info.vocabulary.size == len(tokenizer)
+    assert (
+        info.tokenizer_sha256 == hashlib.sha256((out / "tokenizer/tokenizer.json").read_bytes()).hexdigest()
+    )
+    form = CompactRepresentation()
+    for row in rows(out):
+        text = tokenizer.decode(row["texts"][0][:-1])
+        assert text == row["text"]
+        assert form.encode(form.decode(text)) == text
+    examples = StoredCorpus(out / "corpus.npz").examples(0)
+    ids = examples.tokens[: examples.offsets[1]].tolist()
+    n = int(examples.prompt_lengths[0])
+    prompt = tokenizer.decode(ids[1:n])
+    assert ids[:n] == prompt_ids(tokenizer, prompt)
+    assert prompt.startswith("Below is a description of a bulk material.")
+
+
+def test_a_corpus_of_another_tokenizer_is_another_corpus(halide_file, byte_level, sentence_piece, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(byte_level, base)
+    encoding = EncodingRecipe(format="compact", template="crystal-text-llm", tokenizer=str(base))
+    recipe = replace(RECIPE, encoding=encoding, max_tokens=2048)
+    first = prepare([halide_file], recipe, tmp_path / "out")
+    shutil.rmtree(base)
+    shutil.copytree(sentence_piece, base)
+    with pytest.raises(UserError, match="other inputs"):
+        prepare([halide_file], recipe, tmp_path / "out")
+    assert prepare([halide_file], recipe, tmp_path / "other").sha256 != first.sha256
+
+
+def test_vocabularies_beyond_uint16_keep_their_ids(tmp_path):
+    texts = Sequences.of([[[128_255, 3]]], dtype=np.int32)
+    prompts = Sequences.of([[[70_000]]], [[6]], dtype=np.int32)
+    info = StoredInfo(VocabularyInfo(128_256, None, 3), "compact", {}, "crystal-text-llm", "0")
+    write_stored(tmp_path / "x.npz", (texts, prompts), (texts, prompts), info, seed=0,
+                 dropping=ConditionDropping(), other_description_probability=0)  # fmt: skip
+    assert StoredCorpus(tmp_path / "x.npz").examples(0).tokens.tolist() == [70_000, 128_255, 3]
+
+
+def test_a_kit_corpus_has_the_hash_and_is_found_finished_as_before_base_tokenizers(corpus, halide_file):
+    """The parts' hash of the first 40 rows, and a manifest without the keys that came later."""
+    folder, report = corpus
+    tasks = task_of(0, [], folder=folder, recipe=RECIPE.encoding, seed=1, max_tokens=512, split="")
+    assert tasks.sha256 == "b4d2d83f3ddedf9334a866afa93c20e6ab2c7354519133ce01e50b63fe9fd469"
+    manifest = folder / "manifest.json"
+    kept = manifest.read_text()
+    old = json.loads(kept)
+    del old["recipe"]["encoding"]["tokenizer"], old["recipe"]["encoding"]["new_tokens"]
+    manifest.write_text(json.dumps(old))
+    try:
+        assert prepare([halide_file], RECIPE, folder) == report
+    finally:
+        manifest.write_text(kept)
 
 
 def test_a_finished_corpus_is_not_made_again_and_another_one_is_refused(corpus, halide_file):
