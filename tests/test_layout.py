@@ -25,8 +25,8 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Library -> where it may be imported, at the top of a module or inside a function.
 HOMES = {
     "torch": (
-        "models/", "engines/transformers_local.py", "engines/cache.py", "engines/vllm", "tokens/tokenizer.py",
-        "tokens/masking.py", "structures/tensors.py", "structures/relaxation.py",
+        "models/", "engines/transformers_local.py", "engines/cache.py", "engines/stopping.py", "engines/vllm",
+        "tokens/tokenizer.py", "tokens/masking.py", "structures/tensors.py", "structures/relaxation.py",
     ),
     "transformers": ("models/", "engines/transformers_local.py", "engines/cache.py", "tokens/tokenizer.py"),
     "tokenizers": ("tokens/tokenizer.py",),
@@ -50,6 +50,7 @@ TORCH_AT_THE_TOP = (
     "models/",
     "engines/transformers_local.py",
     "engines/cache.py",
+    "engines/stopping.py",
     "engines/vllm",
     "tokens/masking.py",
 )
