@@ -209,6 +209,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     _check_is_checkpoint(path)
     is_zip = zipfile.is_zipfile(path)
+    damaged = f"({path.stat().st_size:,} bytes). Expected a checkpoint; copy or download it again."
+    if not is_zip and _start(path).startswith(b"PK"):  # a zip's directory is at its end
+        raise ModelError(f"{path}: truncated or damaged {damaged}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickle protocols
@@ -216,11 +219,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ModelError(_unpickling_refused(path, error, is_zip)) from error
     except (RuntimeError, ValueError, EOFError, KeyError, TypeError, AttributeError, IndexError) as error:
-        state = "truncated or damaged" if _start(path).startswith(b"PK") else "no file of torch.save"
-        size = path.stat().st_size
-        raise ModelError(
-            f"{path}: {state} ({size:,} bytes). Expected a checkpoint; copy or download it again."
-        ) from error
+        raise ModelError(f"{path}: no file of torch.save, or damaged {damaged}") from error
     if not isinstance(held, dict):
         raise ModelError(f"{path}: holds a {type(held).__name__}; a dict with model and model_args expected.")
     return held
@@ -371,9 +370,7 @@ def _check_vocabulary(folder: Path) -> None:
         raise ModelError(f"{file}: not a vocabulary: {error}") from error
     for expected, token in enumerate((*vocabulary(), *MORE_TOKENS)):
         if ids.get(token) != expected:
-            raise ModelError(
-                f"{file}: {token!r} has id {ids.get(token)}, {expected} expected of CrystaLLM-pi."
-            )
+            raise ModelError(f"{file}: {token!r} has id {ids.get(token)}, CrystaLLM-pi's is {expected}.")
 
 
 def _pi_config(folder: Path, settings: Mapping[str, Any]) -> Any:
