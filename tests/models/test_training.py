@@ -218,7 +218,9 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_stays(recipe, tmp_path, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("torch.save", full)
-    with pytest.raises(TrainingError, match="the disk is full, or a quota is. The checkpoint of step 5 is whole"):
+    with pytest.raises(
+        TrainingError, match=r"the disk is full, or a quota is\. The checkpoint of step 5 is whole"
+    ):
         train(recipe, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "00000005" / "state.pt").exists()
     assert not list((tmp_path / "run" / "checkpoints").glob(".*"))
@@ -230,6 +232,45 @@ def test_a_run_is_not_resumed_with_other_settings(recipe, tmp_path):
     with pytest.raises(RecipeError, match=r"other settings: optimizer.lr was 0.005, is 0.0001"):
         train(other, tmp_path / "run")
     assert train(dataclasses.replace(other, steps=6), tmp_path / "run", resume=False).steps == 6
+
+
+def test_a_run_is_not_resumed_with_another_template(recipe, tmp_path):
+    """A model asked in two ways answers neither."""
+    train(dataclasses.replace(recipe, steps=5), tmp_path / "run")
+    other = tmp_path / "other.npz"
+    info = StoredInfo(VOCABULARY, "wyckoff", {}, "words-1", "cd" * 32)
+    write_arrays(other, [sequences(80, seed) for seed in range(2)], sequences(20, 9), info)
+    with pytest.raises(RecipeError, match=r"the prompt template was 'kit-1' \(ab.*\), is 'words-1' \(cd"):
+        train(dataclasses.replace(recipe, data=DataRecipe(corpus=other)), tmp_path / "run")
+
+
+def test_looking_at_samples_changes_no_loss(recipe, tmp_path):
+    plain = dataclasses.replace(recipe, steps=12)
+    train(plain, tmp_path / "plain")
+    seen = []
+
+    def look(model, step):
+        seen.append((step, model.training, model.lm_head.weight.detach().clone()))
+        torch.manual_seed(5)
+        torch.rand(3)
+        return {"sample_validity": 0.5}
+
+    train(dataclasses.replace(plain, sample_every=6), tmp_path / "looked", on_samples=look)
+    assert losses(tmp_path / "looked") == losses(tmp_path / "plain")
+    assert [(step, training) for step, training, _ in seen] == [(6, False), (12, False)]
+    logged = [line for line in metrics(tmp_path / "looked") if "sample_validity" in line]
+    assert logged == [{"step": step, "sample_validity": 0.5} for step in (6, 12)]
+
+
+def test_a_batch_learned_by_heart_is_forgotten_again(recipe, tmp_path, capsys):
+    plain = dataclasses.replace(recipe, steps=6)
+    train(plain, tmp_path / "plain")
+    train(dataclasses.replace(plain, overfit_check=40), tmp_path / "checked")
+    assert "overfit check: one batch, 40 steps, loss 3." in capsys.readouterr().err
+    assert losses(tmp_path / "checked") == losses(tmp_path / "plain")
+    stuck = dataclasses.replace(plain, overfit_check=40, optimizer=OptimizerRecipe(lr=1e-9))
+    with pytest.raises(TrainingError, match="the loss on one batch fell only from"):
+        train(stuck, tmp_path / "stuck")
 
 
 def test_it_stops_early_when_validation_gets_no_better(recipe, tmp_path):
