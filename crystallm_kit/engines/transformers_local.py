@@ -155,10 +155,10 @@ class TransformersEngine:
         for t in range(limit):
             if t == 0 or t > n_read:
                 keep_last = n_read + 1 if t == 0 else 1
-                output = self.model(
+                logits_BTV = self.model(
                     input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep_last
-                )
-            logits_BV = output.logits[:, t if t <= n_read else -1].float()
+                ).logits
+            logits_BV = logits_BTV[:, t if t <= n_read else -1].float()
             forced_B = given_BT[active, t]
             if constraint is not None:
                 mask_BV = constraint.mask()
@@ -188,7 +188,7 @@ class TransformersEngine:
                 break
             if n_running <= len(active) * (1 - _WORTH_SHRINKING):
                 keep = running.nonzero().squeeze(1)
-                active, inputs = active[keep], inputs[keep]
+                active, inputs, logits_BTV = active[keep], inputs[keep], logits_BTV[keep]
                 cache.batch_select_indices(keep)
                 if constraint is not None:
                     constraint = constraint.take(keep)

@@ -245,6 +245,19 @@ def test_a_beginning_is_kept_and_counts(local):
         assert completion.stop_reason == "stop"
 
 
+def test_a_beginning_that_goes_on_after_the_end_ends_there(local):
+    """The batch lost the rows that ended, while the logits read for all of them at once did not."""
+    ended, open_ = (
+        Prompt(START, text) for text in ("Na1 Cl1 225\nNa a\nCl b\n5.64 end" + "Na" * 9, "Na" * 40)
+    )
+    completions = list(local.complete([ended, open_, ended, open_], SAMPLING))
+    assert [c.text for c in completions[::2]] == ["Na1 Cl1 225\nNa a\nCl b\n5.64 end"] * 2
+    for completion in completions[1::2]:
+        assert completion.text.startswith("Na" * 40)
+        wanted = teacher_forced(local, open_, completion.token_ids)
+        assert math.isclose(completion.log_probability, wanted, rel_tol=1e-3)
+
+
 @pytest.mark.parametrize("beginning", ["K", "Na2 ", "Na1 Cl1 225\nNa c\n", "Na1 Cl1 62\n"])
 def test_a_beginning_that_leaves_the_request_is_refused(local, beginning):
     """The constraint used to lose count, and samples ended in tokens drawn from nothing."""
