@@ -97,6 +97,7 @@ class StoredInfo:
 
 # What a sequence of a prompt is.
 CLOSING, ONLY_ELEMENTS, SOME_ELEMENTS, ELEMENT, ELEMENTS_END, CONDITION, WHOLE_PROMPT = 0, 1, 2, 3, 4, 5, 6
+FOCUS = 7  # a value of the property in focus; of a crystal's several one is stated
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,34 @@ class ConditionDropping:
         none_probability: Share of examples without any condition.
         keep_probability: Of each condition, otherwise; None: drawn for each example, evenly from 0 to 1.
         only_elements_probability: Share of element conditions that name all elements; the others name some.
+        focus: A property that is to be learned, by the kit's name; for templates that are sums of parts.
+        focus_probability: Of stating it, where anything is stated; the other conditions stay as they are.
+        alone_probability: Of stating nothing else, where it is stated.
+        focus_spread: Standard deviation of the logarithm of what is stated over the true value, so that
+            values whose numbers are different tokens learn from one another's crystals.
+        focus_values: Values that are stored of one crystal, the true one among them.
     """
 
     none_probability: float = 0.3
     keep_probability: float | None = None
     only_elements_probability: float = 0.5
+    focus: str | None = None
+    focus_probability: float = 0.9
+    alone_probability: float = 0.5
+    focus_spread: float = 0.0
+    focus_values: int = 1
+
+    def __post_init__(self) -> None:
+        for name in (
+            "none_probability",
+            "only_elements_probability",
+            "focus_probability",
+            "alone_probability",
+        ):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"'{name}' must be in [0, 1], got {getattr(self, name)}")
+        if self.focus_values < 1 or self.focus_spread < 0:
+            raise ValueError("'focus_values' must be at least 1 and 'focus_spread' not negative")
 
 
 class Sequences(NamedTuple):
@@ -218,10 +242,16 @@ def draw_prompts(
     any_, share, names_all, elements_kept, whole = rng.random((5, n))
     share = share if dropping.keep_probability is None else np.full(n, dropping.keep_probability)
     share = np.where(any_ < dropping.none_probability, 0.0, share)
+    focused = np.flatnonzero(kinds == FOCUS)
+    if len(focused):
+        kept_focus, is_alone = _draw_focus(owner[focused], any_ >= dropping.none_probability, rng, dropping)
+        share = np.where(is_alone, 0.0, share)
     kept = rng.random(len(kinds)) < share[owner]  # right for conditions; the other kinds follow
     has_elements = (elements_kept < share)[owner]
     only = (names_all < dropping.only_elements_probability)[owner]
     kept = np.where(kinds == CLOSING, True, kept)
+    if len(focused):
+        kept[focused] = kept_focus
     kept = np.where(kinds == ONLY_ELEMENTS, has_elements & only, kept)
     kept = np.where(kinds == SOME_ELEMENTS, has_elements & ~only, kept)
     kept = np.where(kinds == ELEMENTS_END, has_elements, kept)
@@ -231,6 +261,25 @@ def draw_prompts(
     is_chosen = np.zeros(len(kinds) + 1, dtype=bool)
     is_chosen[chosen] = True
     return np.where(kinds == WHOLE_PROMPT, is_chosen[:-1], kept)
+
+
+def _draw_focus(
+    owner: IntArray,
+    states_anything: npt.NDArray[np.bool_],
+    rng: np.random.Generator,
+    dropping: ConditionDropping,
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Return which values of the property in focus are stated, and which of N crystals state nothing else.
+
+    `owner` names the crystal of each value; the values of a crystal stand together.
+    """
+    n = len(states_anything)
+    given, alone, which = rng.random((3, n))
+    counts = np.bincount(owner, minlength=n)
+    is_stated = states_anything & (given < dropping.focus_probability) & (counts > 0)
+    rank = np.arange(len(owner)) - running_sums(counts)[:-1][owner]
+    kept = is_stated[owner] & (rank == (which * counts).astype(np.int64)[owner])
+    return kept, is_stated & (alone < dropping.alone_probability)
 
 
 def _some_of_each(owner: IntArray, n: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
@@ -326,7 +375,15 @@ def write_stored(
 
     The last `n_substituted` training crystals are substitutes, which take part in `substituted_epochs`
     epochs.
+
+    Raises:
+        EmptyInput: If no training crystal has the property in focus.
     """
+    if dropping.focus and not (train[1].kinds == FOCUS).any():
+        raise EmptyInput(
+            f"{path}: no training crystal has the property '{dropping.focus}' that encoding.dropping.focus "
+            "names. Give data with such a column, or drop the focus."
+        )
     stored = {
         "info": recipe_to_dict(info),
         "seed": seed,

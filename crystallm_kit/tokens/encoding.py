@@ -25,9 +25,9 @@ import numpy as np
 from pymatgen.core.lattice import Lattice
 from pymatgen.core.structure import Structure
 
-from crystallm_kit.errors import ParseError, UserError
+from crystallm_kit.errors import ParseError, UserError, did_you_mean
 from crystallm_kit.recipes import recipe_to_dict
-from crystallm_kit.records import Conditions, Crystal
+from crystallm_kit.records import PROPERTIES, Conditions, Crystal, Range
 from crystallm_kit.structures.augmentation import AugmentationRecipe, augment
 from crystallm_kit.structures.elements import ELEMENTS, SYMBOL
 from crystallm_kit.structures.spacegroups import spacegroup_number
@@ -43,6 +43,7 @@ from crystallm_kit.tokens.drawing import (
     CONDITION,
     ELEMENT,
     ELEMENTS_END,
+    FOCUS,
     ONLY_ELEMENTS,
     SOME_ELEMENTS,
     WHOLE_PROMPT,
@@ -111,11 +112,20 @@ class EncodingRecipe:
             raise ValueError("n_texts and n_whole_prompts must be at least 1")
         if self.tokenizer is None and self.new_tokens != "none":
             raise ValueError("new_tokens extends a base model's 'tokenizer', and none is given")
+        focus = self.dropping.focus
+        if focus is not None and focus not in PROPERTIES:
+            known = ", ".join(PROPERTIES)
+            raise ValueError(
+                f"dropping.focus: no property '{focus}'{did_you_mean(focus, PROPERTIES)} Known: {known}"
+            )
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the ids, as plain mappings: corpora of before a setting keep their hash."""
         plain = recipe_to_dict(self)
         new = {"tokenizer": None, "new_tokens": "none"}
+        old = ("none_probability", "keep_probability", "only_elements_probability")
+        if self.dropping.focus is None:
+            plain["dropping"] = {name: plain["dropping"][name] for name in old}
         return {name: value for name, value in plain.items() if name not in new or value != new[name]}
 
 
@@ -153,6 +163,8 @@ class EncodedCrystal:
         ]
         # a prompt made of parts has one of the two keywords for elements
         parts = sum(map(len, self.prompts)) - (ONLY_ELEMENTS in self.prompt_kinds)
+        values = [len(p) for p, kind in zip(self.prompts, self.prompt_kinds, strict=True) if kind == FOCUS]
+        parts -= sum(values[1:])  # and one value of the property in focus
         return (max(whole) if whole else parts) + max(map(len, self.texts))
 
 
@@ -294,9 +306,14 @@ class CrystalEncoder:
         everything = training_conditions(
             crystal, rng, none_probability=0.0, keep_probability=1.0, only_elements_probability=1.0, **known
         )
-        parts = self._parts(everything) if self.tokenizer is None else None
+        parts = self._parts(everything, rng) if self.tokenizer is None else None
         if parts is None:
-            dropping = vars(self.recipe.dropping)
+            own = self.recipe.dropping
+            dropping: dict[str, Any] = {
+                "none_probability": own.none_probability,
+                "keep_probability": own.keep_probability,
+                "only_elements_probability": own.only_elements_probability,
+            }
             prompts = [
                 self.cut.prompt(
                     self.template.render(training_conditions(crystal, rng, **dropping, **known), rng)
@@ -306,7 +323,9 @@ class CrystalEncoder:
             return prompts, [WHOLE_PROMPT] * len(prompts)
         return parts
 
-    def _parts(self, everything: Conditions) -> tuple[list[list[int]], list[int]] | None:
+    def _parts(
+        self, everything: Conditions, rng: np.random.Generator
+    ) -> tuple[list[list[int]], list[int]] | None:
         """Return the parts of the prompt that states everything, or None if it is no sum of parts."""
         rest = self.template.render(everything)
         singles = {name: self._part(single) for name, single in _one_by_one(everything).items()}
@@ -322,12 +341,23 @@ class CrystalEncoder:
                 some = self._part(Conditions(elements=everything.elements))
                 sequences += [[i] for i in (self.cut(text)[0], *self.cut(some))]
                 kinds += [ONLY_ELEMENTS, SOME_ELEMENTS, *[ELEMENT] * len(everything.elements), ELEMENTS_END]
+            elif name == self.recipe.dropping.focus:
+                values = self._focus_values(name, everything.properties[name], rng)
+                sequences += [self.cut(self._part(Conditions(properties={name: v}))) for v in values]
+                kinds += [FOCUS] * len(values)
             else:
                 sequences.append(self.cut(text))
                 kinds.append(CONDITION)
         if len(kinds) != len(sequences):  # an element of more than one token
             return None
         return [*sequences, self.cut(self._closing)], [*kinds, CLOSING]
+
+    def _focus_values(self, name: str, true: Range, rng: np.random.Generator) -> list[Range]:
+        """Return the values that prompts may state of the property in focus, the true one first."""
+        dropping, known = self.recipe.dropping, PROPERTIES[name]
+        factors = np.exp(dropping.focus_spread * rng.standard_normal(dropping.focus_values - 1))
+        others = [float(np.clip((true.low or 0.0) * f, known.low, known.high)) for f in factors]
+        return [true, *map(Range.exactly, others)]
 
     def _part(self, single: Conditions) -> str:
         return self.template.render(single).removesuffix(self._closing)

@@ -7,7 +7,7 @@ import pytest
 from pymatgen.core.lattice import Lattice
 from pymatgen.core.structure import Structure
 
-from crystallm_kit.errors import ReadError
+from crystallm_kit.errors import EmptyInput, ReadError
 from crystallm_kit.models.batches import ArraySource
 from crystallm_kit.records import Crystal
 from crystallm_kit.text.conditions import conditions_set
@@ -185,3 +185,83 @@ def test_whole_prompts_are_taken_one_at_a_time():
         two = draw_examples(Sequences.of([[[8]], [[9]]]), several, rng, **settings)
         seen.add(tuple(two.tokens.tolist()))
     assert seen == {(1, 1, 8, 3, 9), (2, 2, 2, 8, 3, 9)}
+
+
+# ---------------------------------------------------------------- a property in focus
+
+STIFF = Crystal(PEROVSKITE.id, PEROVSKITE.structure, {**PEROVSKITE.properties, "bulk_modulus_gpa": 170.0})
+
+
+def drawn_with_focus(crystals, seed, **dropping):
+    recipe = EncodingRecipe(dropping=ConditionDropping(focus="bulk_modulus_gpa", **dropping))
+    examples = draw_examples(
+        *sequences(crystals, CrystalEncoder(recipe, seed=5)), np.random.default_rng(seed),
+        dropping=recipe.dropping, other_description_probability=0.0,
+    )  # fmt: skip
+    return [template_named("kit-1").parse(prompt) for prompt, _ in drawn_texts(examples)]
+
+
+def test_a_property_in_focus_is_stated_as_often_as_asked_and_often_alone():
+    n = 4000
+    drawn = drawn_with_focus(
+        [STIFF] * n,
+        1,
+        none_probability=0.2,
+        keep_probability=0.3,
+        focus_probability=0.75,
+        alone_probability=0.4,
+    )
+    stated = [c for c in drawn if "bulk_modulus_gpa" in c.properties]
+    alone = [c for c in stated if list(conditions_set(c)) == ["bulk_modulus_gpa"]]
+    spread = 4 * (0.25 / n) ** 0.5
+    assert abs(len(stated) / n - 0.8 * 0.75) < spread
+    # besides those drawn alone, those of which all of the ten other conditions were dropped
+    assert abs(len(alone) / len(stated) - (0.4 + 0.6 * 0.7**10)) < 2 * spread
+    assert {c.properties["bulk_modulus_gpa"].low for c in stated} == {170.0}
+
+
+def test_values_of_a_property_in_focus_scatter_as_asked():
+    drawn = drawn_with_focus(
+        [STIFF] * 3000, 2, none_probability=0.0, focus_probability=1.0, focus_spread=0.1, focus_values=200
+    )
+    values = np.array([c.properties["bulk_modulus_gpa"].low for c in drawn])
+    assert len(np.unique(values)) > 150
+    logs = np.log(values / 170.0)
+    assert logs.std() == pytest.approx(0.1, rel=0.2)
+    assert abs(logs.mean()) < 0.03
+
+
+def test_crystals_without_the_property_in_focus_are_drawn_as_ever():
+    mixed = drawn_with_focus([STIFF, WURTZITE] * 500, 3, none_probability=0.0, keep_probability=1.0,
+                             focus_probability=1.0, alone_probability=1.0)  # fmt: skip
+    assert all(list(conditions_set(c)) == ["bulk_modulus_gpa"] for c in mixed[::2])
+    assert all(
+        "bulk_modulus_gpa" not in c.properties and len(list(conditions_set(c))) > 5 for c in mixed[1::2]
+    )
+
+
+def test_a_focus_counts_once_in_the_longest_prompt():
+    def longest(**dropping):
+        return CrystalEncoder(EncodingRecipe(dropping=ConditionDropping(**dropping)), seed=5)(STIFF).longest
+
+    assert longest(focus="bulk_modulus_gpa", focus_values=20) == longest()
+
+
+def test_a_focus_that_no_crystal_has_is_refused(tmp_path):
+    recipe = EncodingRecipe(dropping=ConditionDropping(focus="bulk_modulus_gpa"))
+    encoder = CrystalEncoder(recipe, seed=5)
+    both = sequences(CRYSTALS, encoder)
+    with pytest.raises(EmptyInput, match="no training crystal has the property 'bulk_modulus_gpa'"):
+        write_stored(
+            tmp_path / "c.npz", both, both, encoder.info, seed=1, dropping=recipe.dropping,
+            other_description_probability=0.0,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="did you mean 'bulk_modulus_gpa'"):
+        EncodingRecipe(dropping=ConditionDropping(focus="bulk_modulus"))
+
+
+def test_corpora_without_a_focus_are_what_they_were():
+    """Settings that came later change neither the hash nor the draws of corpora that do without them."""
+    assert set(EncodingRecipe().identity()["dropping"]) == {
+        "none_probability", "keep_probability", "only_elements_probability",
+    }  # fmt: skip
