@@ -1,10 +1,12 @@
-r"""Crystals partly given in the `wyckoff` format: the part of the text from which a model goes on.
+r"""Crystals partly given: texts with one element masked, and beginnings from which a model goes on.
 
+    mask_element("Ti2 O4 136\nTi a\nO f\n...", "Ti", "wyckoff")  ->  "[MASK]2 O4 136\n[MASK] a\nO f\n..."
     completion_prefix("Ti2 O4 136\nTi a\nO")  ->  "Ti2 O4 136\nTi a\n"
 
 Not here: ranking elements for masked sites (generation.infill), prompts (prompts.py).
 """
 
+import re
 from collections.abc import Mapping
 
 from pymatgen.core import Element
@@ -12,6 +14,64 @@ from pymatgen.core import Element
 from crystallm_kit.errors import UnknownName
 from crystallm_kit.records import Crystal
 from crystallm_kit.structures.elements import ELEMENTS, RANK
+
+MASK = "[MASK]"
+_SYMBOL = re.compile(r"[A-Z][a-z]?")
+
+
+def mask_element(text: str, element: str, format: str) -> str:
+    """Return a crystal's text with every mention of one element replaced by "[MASK]".
+
+    Whole elements only: masking C leaves Ca and Cl alone. What tells the element otherwise goes too (the
+    electronegativity and the radii of a CIF's table of atom types become "?").
+
+    Args:
+        text: As the format writes it.
+        element: The symbol.
+        format: Name of the format.
+
+    Raises:
+        UnknownName: If the text has no such element; or no such format.
+    """
+    if format not in _MASKS:
+        raise UnknownName.among("representation", format, _MASKS)
+    lines = text.split("\n")
+    masked = [_MASKS[format](line, element, number) for number, line in enumerate(lines)]
+    if masked == lines:
+        present = {word for line in lines for word in _SYMBOL.findall(line) if word in RANK}
+        raise UnknownName.among("site of element", element, present)
+    return "\n".join(masked)
+
+
+def _mask_line(line: str, element: str, number: int) -> str:  # noqa: ARG001 - one signature for all formats
+    return MASK if line == element else line
+
+
+def _mask_first_word(line: str, element: str, number: int) -> str:  # noqa: ARG001
+    return MASK + line.removeprefix(element) if line.startswith(f"{element} ") else line
+
+
+def _mask_formula(line: str, element: str) -> str:
+    return _SYMBOL.sub(lambda found: MASK if found[0] == element else found[0], line)
+
+
+def _mask_wyckoff(line: str, element: str, number: int) -> str:
+    return _mask_formula(line, element) if number == 0 else _mask_first_word(line, element, number)
+
+
+def _mask_cif(line: str, element: str, number: int) -> str:  # noqa: ARG001
+    row = line.lstrip(" ")
+    if row.startswith(("data_", "_chemical_formula")):
+        return _mask_formula(line, element)
+    if not row.startswith(f"{element} "):
+        return line
+    indent, words = line[: len(line) - len(row)], row.split(" ")
+    if len(words) == 4:  # symbol, electronegativity, radius, ionic radius
+        return indent + " ".join((MASK, "?", "?", "?"))
+    return indent + " ".join((MASK, _mask_formula(words[1], element), *words[2:]))  # its label: Na0
+
+
+_MASKS = {"cif": _mask_cif, "compact": _mask_line, "wyckoff": _mask_wyckoff, "xyz": _mask_first_word}
 
 
 def completion_prefix(partial_text: str) -> str:

@@ -37,6 +37,7 @@ class CifCrystallmTemplate:
 
     name: str = "cif-crystallm"
     begins_the_text: bool = True
+    tasks: frozenset[str] = frozenset(("generate",))
 
     heads = (
         "_atom_type_symbol",

@@ -48,6 +48,7 @@ class KitTemplate:
 
     name: str = "kit-1"
     begins_the_text: bool = False
+    tasks: frozenset[str] = frozenset(("generate",))
 
     @cached_property
     def hash(self) -> str:

@@ -35,6 +35,7 @@ class CrystalTextLlmTemplate:
 
     name: str = "crystal-text-llm"
     begins_the_text: bool = False
+    tasks: frozenset[str] = frozenset(("generate", "infill"))
 
     opening = "Below is a description of a bulk material. "
     request = (
@@ -117,10 +118,11 @@ class CrystalTextLlmTemplate:
             },
         )
 
-    def infill_prompt(self, text: str, element: str) -> str:
+    def infill_prompt(self, text: str, element: str, rng: np.random.Generator | None = None) -> str:  # noqa: ARG002
         """Return the prompt that asks which element could stand where `element` stands in a compact text.
 
-        Every site of the element is masked, whole lines only: masking C leaves Ca and Cl alone.
+        Every site of the element is masked, whole lines only: masking C leaves Ca and Cl alone. There is one
+        wording, so nothing is left to `rng`.
 
         Raises:
             UnknownName: If no line of the text is this element.

@@ -6,6 +6,7 @@ refuses a model whose template it does not have. The templates:
     kit-1              the kit's own models; format wyckoff (prompt_kit.py)
     crystal-text-llm   Crystal-text-LLM's models; format compact (prompt_llm.py)
     cif-crystallm      CrystaLLM's; format cif; cif-crystallm-pi: its dialect "pi" (prompt_cif.py)
+    words-1            plain English for language models, any format (prompt_words.py)
 
 Not here: free text and options (words.py, conditions.py); forcing the text's beginning (tokens/masking.py).
 """
@@ -26,6 +27,7 @@ from crystallm_kit.text.infilling import completion_prefix, substitution_prefix
 from crystallm_kit.text.prompt_cif import CifCrystallmPiTemplate, CifCrystallmTemplate
 from crystallm_kit.text.prompt_kit import MAX_COUNT, KitTemplate
 from crystallm_kit.text.prompt_llm import CrystalTextLlmTemplate
+from crystallm_kit.text.prompt_words import FORMAT_WORDS, WordsTemplate
 from crystallm_kit.text.template import REFERENCE_QUANTILES, Template, value_within
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "CrystalTextLlmTemplate",
     "KitTemplate",
     "Template",
+    "WordsTemplate",
     "completion_prefix",
     "substitution_prefix",
     "template_named",
@@ -43,23 +46,26 @@ __all__ = [
     "value_within",
 ]
 
-TEMPLATES: dict[str, KitTemplate | CrystalTextLlmTemplate | CifCrystallmTemplate] = {
+TEMPLATES: dict[str, KitTemplate | CrystalTextLlmTemplate | CifCrystallmTemplate | WordsTemplate] = {
     template.name: template
     for template in (
         KitTemplate(),
         CrystalTextLlmTemplate(),
         CifCrystallmTemplate(),
         CifCrystallmPiTemplate(),
+        WordsTemplate(),
     )
 }
 
 
-def template_named(name: str, expected_hash: str | None = None) -> Template:
+def template_named(name: str, expected_hash: str | None = None, *, format: str = "") -> Template:
     """Return the template called `name`.
 
     Args:
         name: Key of TEMPLATES.
         expected_hash: The hash stored with a model, if any.
+        format: Of the texts, for templates whose requests name it (words-1); where a hash is given it tells
+            the format too.
 
     Raises:
         UnknownName: If there is none, or it is not the one that the model was trained with.
@@ -67,6 +73,10 @@ def template_named(name: str, expected_hash: str | None = None) -> Template:
     if name not in TEMPLATES:
         raise UnknownName.among("template", name, TEMPLATES)
     template = TEMPLATES[name]
+    if isinstance(template, WordsTemplate):
+        forms = [format] if format or expected_hash is None else list(FORMAT_WORDS)
+        variants = [WordsTemplate(form) for form in forms]
+        template = next((v for v in variants if v.hash == expected_hash), variants[0])
     if expected_hash not in (None, template.hash):
         raise UnknownName(
             f"template '{name}': the model was trained with {str(expected_hash)[:12]}, this version has "

@@ -42,6 +42,7 @@ class Template(Protocol):
     Attributes:
         name: Key in TEMPLATES.
         hash: sha256 of everything that decides what the prompts look like and mean.
+        tasks: What it can ask for: generate, infill, property.
         says: Names of the conditions (fields of Conditions, properties) that it can write.
         begins_the_text: True: the prompt is the beginning of the crystal's own text, and is not written
             before it in training. False: prompt and text follow each other.
@@ -54,6 +55,10 @@ class Template(Protocol):
     @property
     def begins_the_text(self) -> bool:
         """Return whether the prompt is the beginning of the crystal's own text."""
+
+    @property
+    def tasks(self) -> frozenset[str]:
+        """Return what it can ask for: generate, infill, property (tokens/tasks.py)."""
 
     @property
     def hash(self) -> str:
