@@ -195,6 +195,29 @@ def test_a_mask_hides_every_mention_of_one_element_and_nothing_else(form):
     assert masked.count("Ca") == text.count("Ca")
     # what is left of C stands in keys and in the file's own words
     left = [line for line in masked.split("\n") if re.search(r"C(?![a-z])", line)]
+    assert all(line.startswith(("Lattice=", "_symmetry")) for line in left), left
+    if form == "cif":
+        assert f"\n{MASK} ? ? ?\n" in masked
+        assert f"'Ca2 {MASK}4'" in masked
+    else:
+        assert masked.replace(MASK, "C") == text
+
+
+def test_masks_of_the_wyckoff_format_are_as_the_docstring_shows():
+    assert mask_element("Ti2 O4 136\nTi a\nO f\n4.59 2.96 .3053 end", "Ti", "wyckoff") == (
+        "[MASK]2 O4 136\n[MASK] a\nO f\n4.59 2.96 .3053 end"
+    )
+    with pytest.raises(UnknownName, match="site of element 'N'"):
+        mask_element("Ti2 O4 136\nTi a\nO f\n4.59 2.96 .3053 end", "N", "wyckoff")
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_infill_prompts_hold_the_masked_text_in_two_wordings(form):
+    template = template_named("words-1", format=form)
+    text = representation(form).encode(CARBIDE)
+    prompts = {template.infill_prompt(text, "C", np.random.default_rng(seed)) for seed in range(20)}
+    assert len(prompts) == 2
+    assert template.infill_prompt(text, "C") in prompts
     for prompt in prompts:
         assert f"\n{mask_element(text, 'C', form)}\n" in prompt
         assert prompt.endswith(("?\n", ".\n"))
