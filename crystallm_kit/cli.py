@@ -183,7 +183,7 @@ def _add_model_verbs(verbs: Any) -> None:
     prepare.add_argument("--json", action="store_true", help="print the report as JSON")
     _set_option(prepare, "a key of the recipe, such as validation_fraction=0.1")
 
-    train = _verb(verbs, "train", "a corpus -> a model, by a recipe; the same command resumes")
+    train = _verb(verbs, "train", "crystal files or a corpus -> a model, by a recipe; run again to resume")
     train.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="a recipe, as in finetune/")
     _set_option(train, "a key of the recipe, such as data.corpus=corpus")
     train.add_argument(
@@ -191,6 +191,32 @@ def _add_model_verbs(verbs: Any) -> None:
     )
     train.add_argument(
         "--fresh", action="store_true", help="remove the run that the folder holds, and begin anew"
+    )
+    train.add_argument(
+        "--preflight", action="store_true", help="check data and memory, say what is found, and stop there"
+    )
+    train.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="processes that prepare data.inputs (default: 1)"
+    )
+
+    merge = _verb(verbs, "merge", "an adapter and its base -> one model folder")
+    merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="the adapter's folder")
+    merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="the model folder")
+    merge.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
+        help="of the weights on disk (default: bfloat16)",
+    )  # fmt: skip
+
+    push = _verb(verbs, "push", "a model folder -> Hugging Face, with a card made from its manifest")
+    push.add_argument("folder", type=Path, metavar="FOLDER", help="a model or an adapter")
+    push.add_argument("repository", metavar="ORG/NAME", help="made if it is not there")
+    push.add_argument("--public", action="store_true", help="of a new repository (default: private)")
+    push.add_argument("--revision", metavar="BRANCH", help="made if it is not there (default: main)")
+    push.add_argument(
+        "--license",
+        default="other",
+        metavar="NAME",
+        help="for a new card: mit, cc-by-4.0 ... (default: other)",
     )
 
     import_ = _verb(verbs, "import", "another system's checkpoint -> a model folder to generate with")

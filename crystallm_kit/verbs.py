@@ -9,6 +9,7 @@ generation (results.py).
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -212,15 +213,45 @@ def prepare(options: argparse.Namespace) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    """Train by a recipe, or go on with a run that was interrupted."""
-    from crystallm_kit.models.training import train
-    from crystallm_kit.models.training_recipe import TrainingRecipe
-    from crystallm_kit.recipes import load_recipe, recipe_to_dict
+    """Train by a recipe, or go on with a run that was interrupted: corpus, steps, samples, card, push."""
+    from crystallm_kit.fine_tuning import fine_tune, is_main, look_ahead
+    from crystallm_kit.recipes import recipe_to_dict
 
-    recipe = load_recipe(options.recipe, TrainingRecipe, tuple(options.set))
     out = options.out or Path("runs") / options.recipe.stem
-    result = train(recipe, out, resume=not options.fresh)
-    _print_json(recipe_to_dict(result))
+    given: dict[str, Any] = {"overrides": options.set, "workers": options.workers}
+    if options.preflight:
+        lines = look_ahead(options.recipe, out, **given)
+        if is_main():
+            print("\n".join(lines))
+        return 0
+    result = fine_tune(options.recipe, out, resume=not options.fresh, **given)
+    if is_main():
+        plain = recipe_to_dict(result)
+        finite = {k: None if v in (math.inf, -math.inf) else v for k, v in plain.items()}  # JSON has no inf
+        _print_json(finite)
+    return 0
+
+
+def merge(options: argparse.Namespace) -> int:
+    """Write the base model with an adapter merged into it as a model folder of its own."""
+    from crystallm_kit.models.adapters import merge_adapter
+    from crystallm_kit.models.publishing import write_card
+
+    folder = merge_adapter(options.adapter, options.out, dtype=options.dtype)
+    write_card(folder)
+    print(f"{folder}: crystallm-kit generate --model {folder}")
+    return 0
+
+
+def push(options: argparse.Namespace) -> int:
+    """Send a model folder to Hugging Face."""
+    from crystallm_kit.models.publishing import push_to_hub
+
+    address = push_to_hub(
+        options.folder, options.repository, private=not options.public, revision=options.revision,
+        license=options.license,
+    )  # fmt: skip
+    print(address)
     return 0
 
 
