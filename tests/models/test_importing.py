@@ -30,7 +30,7 @@ from crystallm_kit.text.cif_tables import vocabulary
 from crystallm_kit.tokens.tokenizer import encode_strict
 
 ARGUMENTS = {
-    "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 700, "bias": False, "vocab_size": 371,
+    "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 320, "bias": False, "vocab_size": 371,
     "dropout": 0.1,
 }  # fmt: skip
 NEWLINE = 142
@@ -91,7 +91,7 @@ def file(tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The folder of an imported random model of 700 positions, as many as golden texts need."""
+    """The folder of an imported random model of 320 positions, enough for the shorter golden texts."""
     where = tmp_path_factory.mktemp("imported")
     torch.save(checkpoint(), where / "ckpt.pt")
     return import_crystallm(where / "ckpt.pt", where / "model").folder
@@ -147,7 +147,7 @@ def test_logits_are_those_of_the_written_out_model(file, tmp_path, prefix, untie
     weights = dict(saved["model"])
     saved["model"] = {f"{prefix}{name}": tensor for name, tensor in weights.items()}
     for i in range(2):
-        saved["model"][f"{prefix}transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 700, 700).tril()
+        saved["model"][f"{prefix}transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 320, 320).tril()
     torch.save(saved, file)
     made = import_crystallm(file, tmp_path / "model")
     network, _, _ = load_model_folder(made.folder)
@@ -211,7 +211,7 @@ def test_a_loss_that_was_never_measured_is_left_out(file, tmp_path):
 
 def test_the_model_samples_as_its_authors_do_and_stops_where_they_do(model):
     assert (model.sampling.top_k, model.sampling.temperature) == (10, 1.0)
-    assert model.sampling.max_new_tokens == 699
+    assert model.sampling.max_new_tokens == 319
     assert model.engine.stop == "\n\n"
     assert model.engine.tokenizer.eos_token_id is None
 
@@ -238,10 +238,10 @@ def test_prompts_have_the_ids_with_which_golden_texts_begin(model):
 
 def test_golden_texts_come_back_from_ids_as_they_were_and_parse(model):
     """Forced as beginnings: the engine ends them at the two newlines, and decodes what CrystaLLM wrote."""
-    rows = sorted(golden_rows()[:30], key=lambda row: len(row["ids"]))[:12]
+    rows = sorted(golden_rows(), key=lambda row: len(row["ids"]))[:12]
     prompts = [Prompt("data_", row["text"].removeprefix("data_") + "Na Na0 4") for row in rows]
     for row, completion in zip(
-        rows, model.engine.complete(prompts, Sampling(max_new_tokens=699)), strict=True
+        rows, model.engine.complete(prompts, Sampling(max_new_tokens=319)), strict=True
     ):
         assert completion.stop_reason == "stop"
         assert [124, *completion.token_ids] == row["ids"]
@@ -257,13 +257,13 @@ def test_every_sample_is_judged_and_what_was_cut_is_said_to_be(model):
 
 
 def test_prompt_and_completion_together_are_bound_by_the_models_positions(model):
-    """700 here; CrystaLLM's own loop slides its window instead, and loses the composition."""
+    """320 here; CrystaLLM's own loop slides its window instead, and loses the composition."""
     asked = Conditions(formula={"Na": 4, "Cl": 4}, spacegroup_number=225)
     text = model.template.render(asked)
     quiet = Sampling(temperature=0.0, max_new_tokens=10_000)  # repeats itself, and never ends
     [completion] = model.engine.complete([Prompt(text)], quiet)
     assert completion.stop_reason == "length"
-    assert len(encode_strict(model.engine.tokenizer, text)) + len(completion.token_ids) == 700
+    assert len(encode_strict(model.engine.tokenizer, text)) + len(completion.token_ids) == 320
     assert judge(completion, asked, model, index=0, seed=0).verdict.reason == "truncated"
 
 
@@ -288,7 +288,8 @@ def test_a_prompt_that_crystallms_tokens_cannot_say_is_refused(model):
 
 
 def test_infill_scores_whole_texts_of_the_format(model):
-    crystal = model.representation.decode(golden_rows()[0]["text"])
+    shortest = min(golden_rows(), key=lambda row: len(row["ids"]))
+    crystal = model.representation.decode(shortest["text"])
     element = str(crystal.structure.composition.elements[0])
     ranked = infill(crystal, element, model=model, candidates=["Si", "Ge", element])
     assert {symbol for symbol, _ in ranked} == {"Si", "Ge", element}
@@ -368,7 +369,7 @@ def with_weights(change) -> dict[str, Any]:
         (changed(model_args=ARGUMENTS | {"vocab_size": 50304}), "50304 tokens, CrystaLLM's has 371"),
         (
             changed(model_args=ARGUMENTS | {"block_size": 1024}),
-            r"tensor transformer.wpe.weight has shape \(700, 16\), \(1024, 16\) expected",
+            r"tensor transformer.wpe.weight has shape \(320, 16\), \(1024, 16\) expected",
         ),
         (
             with_weights(lambda w: w.update({"transformer.h.1.mlp.c_fc.weight": torch.zeros(16, 64)})),
