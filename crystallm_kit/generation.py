@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +28,7 @@ from pymatgen.core import Structure
 
 from crystallm_kit.engines.engine import Engine, Prompt, Sampling
 from crystallm_kit.errors import ImpossibleRequest, ModelError, ParseError, UnknownName
-from crystallm_kit.models.folders import shipped_model_folder
+from crystallm_kit.models.folders import model_folder, shipped_model_folder, weights_folder
 from crystallm_kit.records import Completion, Conditions, Crystal, Sample, Verdict
 from crystallm_kit.structures.elements import ELEMENTS
 from crystallm_kit.text.parsing import parse_completion
@@ -67,21 +67,41 @@ class Model:
     sampling: Sampling = field(default_factory=Sampling)
 
 
-def load_model(path: str | Path | None = None, *, batch_size: int = 256, device: str | None = None) -> Model:
-    """Return a model folder's model behind the transformers engine; without a path, the shipped one.
+def load_model(
+    path: str | Path | None = None,
+    *,
+    batch_size: int = 256,
+    device: str | None = None,
+    base: str | None = None,
+    template: str | None = None,
+    format: str | None = None,
+    format_settings: Mapping[str, Any] | None = None,
+) -> Model:
+    """Return a model behind the transformers engine; without a path, the shipped one.
+
+    Args:
+        path: A model folder, an adapter's folder, or a Hugging Face id (owner/name) of either.
+        batch_size: Samples in a batch.
+        device: Default: cuda where there is one.
+        base: Of an adapter: where its base is now; None: where the adapter says.
+        template: Name of the prompt template, for a model that has no manifest.
+        format: Name of the text format, for such a model.
+        format_settings: Its settings.
 
     Raises:
         ModelError: If the folder is no whole model folder, or its template is not the kit's.
     """
-    folder = Path(path) if path is not None else shipped_model_folder()
-    _set_threads(folder)
+    folder = shipped_model_folder() if path is None else model_folder(str(path))
+    _set_threads(weights_folder(folder, base))
     from crystallm_kit.engines.transformers_local import TransformersEngine
     from crystallm_kit.models.checkpoints import load_model_folder
 
-    network, tokenizer, manifest = load_model_folder(folder)
+    network, tokenizer, manifest = load_model_folder(
+        folder, base=base, template=template, format=format, format_settings=format_settings
+    )
     facts = manifest.results
     try:
-        template = template_named(manifest.template, manifest.template_sha256)
+        spoken = template_named(manifest.template, manifest.template_sha256)
     except UnknownName as error:
         raise ModelError(f"{folder}: {error}") from error
     form = representation(manifest.format, **manifest.format_settings)
@@ -91,7 +111,7 @@ def load_model(path: str | Path | None = None, *, batch_size: int = 256, device:
         name="shipped" if path is None else str(path),
         engine=engine,
         representation=form,
-        template=template,
+        template=spoken,
         known_elements=tuple(facts.get("elements", ELEMENTS)),
         quantiles=dict(facts.get("quantiles", {})),
         max_sites=int(facts.get("max_sites", 24)),
@@ -101,8 +121,10 @@ def load_model(path: str | Path | None = None, *, batch_size: int = 256, device:
     )
 
 
-def _set_threads(folder: Path) -> None:
+def _set_threads(folder: Path | None) -> None:
     """Choose how torch uses the cores, if it is not loaded yet; a variable that is set already wins.
+
+    `folder` holds the weights; None: a model that is not small, or unknown.
 
     A small model's matrices are too small to share, and threads that wait for a busy core hold up the rest.
     The shipped model on two cores that other work shared (load 1.8 to 4.8), `generate --formula`: SrTiO3
@@ -112,7 +134,7 @@ def _set_threads(folder: Path) -> None:
     if "torch" in sys.modules:
         return
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if sum(file.stat().st_size for file in folder.glob("*.safetensors")) < _SMALL_MODEL_BYTES:
+    if folder and sum(file.stat().st_size for file in folder.glob("*.safetensors")) < _SMALL_MODEL_BYTES:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -245,8 +267,9 @@ def _prompts(
 
 
 def takes_requests(model: Model) -> bool:
-    """Tell whether the model's samples can be constrained: a steerable engine that writes `wyckoff` text."""
-    return model.engine.steerable and model.representation.name == "wyckoff"
+    """Tell whether the samples can be constrained: by a steerable engine, in `wyckoff` text and tokens."""
+    has_tokens = getattr(model.engine, "has_wyckoff_ids", True)
+    return model.engine.steerable and model.representation.name == "wyckoff" and has_tokens
 
 
 def compiler(model: Model) -> Any:

@@ -4,6 +4,10 @@ Prompts of one length share a batch. Finished samples leave it, and the cache sh
 uses a number of its own, made from (seed, position of the prompt, position of the token), so results do not
 depend on how prompts fall into batches (up to rounding of the logits).
 
+A format's own tokenizer refuses text that it does not cover. Of a base model's, prompts are encoded as in
+training, and a completion is what the text grows by: tokenizers of the SentencePiece kind lose the blank that
+a text begins with when it is decoded alone.
+
 Not here: other engines (engine.py has the table); vLLM, which batches better and serves many users.
 """
 
@@ -20,10 +24,12 @@ from crystallm_kit.engines.cache import growing_cache
 from crystallm_kit.engines.engine import Prompt, Sampling
 from crystallm_kit.engines.stopping import stop_table
 from crystallm_kit.errors import ImpossibleRequest, UserError
+from crystallm_kit.models.bases import max_positions
 from crystallm_kit.records import Completion, StopReason
 from crystallm_kit.text.wyckoff import TOKENS
+from crystallm_kit.tokens.cutting import BaseCutter
 from crystallm_kit.tokens.masking import WyckoffConstraint
-from crystallm_kit.tokens.tokenizer import encode_strict
+from crystallm_kit.tokens.tokenizer import encode_strict, prompt_ids
 
 # The batch is cut down to its unfinished rows when that saves this share of it. Copying the cache has a
 # price.
@@ -73,7 +79,7 @@ class TransformersEngine:
             UserError: If a prompt is empty or leaves no room for a completion, or a constraint is asked of a
                 model whose token ids are not those of the `wyckoff` format.
         """
-        ids = [encode_strict(self.tokenizer, p.text) for p in prompts]
+        ids = [self._prompt_ids(p.text) for p in prompts]
         if not all(ids):
             raise UserError("an empty prompt; a model goes on from at least one token")
         longest = max(map(len, ids), default=0)
@@ -81,7 +87,7 @@ class TransformersEngine:
             raise UserError(
                 f"a prompt of {longest} tokens; the model has {self._positions()} positions in all"
             )
-        given = [encode_strict(self.tokenizer, p.beginning) if p.beginning else [] for p in prompts]
+        given = [self._text_ids(p.beginning) if p.beginning else [] for p in prompts]
         order = sorted(
             range(len(prompts)), key=lambda i: (len(ids[i]), prompts[i].request is None, len(given[i]))
         )
@@ -124,13 +130,13 @@ class TransformersEngine:
     def _complete_batch(
         self,
         rows: list[int],
-        prompt_ids: list[list[int]],
+        prompt_ids_BT: list[list[int]],
         given: list[list[int]],
         prompts: Sequence[Prompt],
         sampling: Sampling,
     ) -> Iterator[Completion]:
         size, end = len(rows), -1 if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
-        limit = min(sampling.max_new_tokens, self._positions() - len(prompt_ids[0]))
+        limit = min(sampling.max_new_tokens, self._positions() - len(prompt_ids_BT[0]))
         draws = np.stack(
             [np.random.default_rng((sampling.seed, row)).random(limit, dtype=np.float32) for row in rows]
         )
@@ -145,7 +151,7 @@ class TransformersEngine:
         ended_B = torch.zeros(size, dtype=torch.bool, device=self.device)
         stop_state_B = torch.zeros(size, dtype=torch.long, device=self.device)
         active = torch.arange(size, device=self.device)
-        inputs = torch.tensor(prompt_ids, device=self.device)
+        inputs = torch.tensor(prompt_ids_BT, device=self.device)
         constraint = self._constraint([prompts[i] for i in rows])
         # What every sample begins with is read at once, not token by token; all but its last token, which may
         # be the end of a sample.
@@ -194,7 +200,7 @@ class TransformersEngine:
                     constraint = constraint.take(keep)
         for b, row in enumerate(rows):
             ids = tuple(tokens_BT[b, : int(length_B[b])].tolist())
-            text = self.tokenizer.decode(ids, skip_special_tokens=False)
+            text = self._text_of(prompt_ids_BT[b], ids)
             stop: StopReason = "stop" if bool(ended_B[b]) else "length"
             yield Completion(
                 prompts[row].text,
@@ -220,7 +226,7 @@ class TransformersEngine:
         requests = [p.request for p in prompts if p.request is not None]
         if not requests:
             return None
-        if not self._has_wyckoff_ids:
+        if not self.has_wyckoff_ids:
             raise UserError(
                 "a request needs a tokenizer whose ids are those of the wyckoff format; this model's are "
                 "others. Sample it unconstrained."
@@ -248,7 +254,8 @@ class TransformersEngine:
         return stop_table(self.tokenizer, self.stop, self.model.config.vocab_size).to(self.device)
 
     @cached_property
-    def _has_wyckoff_ids(self) -> bool:
+    def has_wyckoff_ids(self) -> bool:
+        """Whether the tokenizer's ids are those that constraints are made of."""
         return bool(self.tokenizer.convert_tokens_to_ids(list(TOKENS)) == list(range(len(TOKENS))))
 
     @property
@@ -257,7 +264,30 @@ class TransformersEngine:
         return self._positions()
 
     def _positions(self) -> int:
-        return int(self.model.config.max_position_embeddings)
+        return max_positions(self.model.config)
+
+    @cached_property
+    def _is_of_a_format(self) -> bool:
+        """Whether the tokenizer is a format's alphabet (tokenizer.build_tokenizer) and no base model's."""
+        return type(self.tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
+
+    def _prompt_ids(self, text: str) -> list[int]:
+        return (encode_strict if self._is_of_a_format else prompt_ids)(self.tokenizer, text)
+
+    def _text_ids(self, text: str) -> list[int]:
+        if self._is_of_a_format:
+            return encode_strict(self.tokenizer, text)
+        return BaseCutter(self.tokenizer)(text)
+
+    def _text_of(self, prompt: list[int], completion: Sequence[int]) -> str:
+        """Return the text of a completion; of a base model's tokenizer, without the end token."""
+        if self._is_of_a_format:
+            return str(self.tokenizer.decode(completion, skip_special_tokens=False))
+        ended = bool(completion) and completion[-1] == self.tokenizer.eos_token_id
+        written = [*prompt, *(completion[:-1] if ended else completion)]
+        # a special token within the text stays: left out, it would join what it stood between
+        before, after = (str(self.tokenizer.decode(ids)) for ids in (prompt, written))
+        return after[len(before) :]
 
 
 def _draw(

@@ -10,6 +10,7 @@ what was downloaded before.
 Not here: what the folders hold (checkpoints.py, adapters.py, bases.py).
 """
 
+import json
 import re
 from importlib import resources
 from pathlib import Path
@@ -50,6 +51,19 @@ def base_source(name: str, *, beside: Path | None = None) -> str:
             f"'{SHIPPED}'."
         )
     return name
+
+
+def weights_folder(folder: Path, base: str | None = None) -> Path | None:
+    """Return the local folder of most of a model's weights: an adapter's are its base's. None: not known."""
+    settings = folder / "adapter_config.json"
+    if not settings.is_file() or (folder / "config.json").is_file():
+        return folder
+    try:
+        name = base or json.loads(settings.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        source = Path(base_source(name, beside=folder))
+    except (ValueError, KeyError, TypeError, OSError, ModelError):
+        return None  # whoever loads it says what is wrong
+    return source if source.is_dir() else None
 
 
 def model_folder(name: str, *, revision: str | None = None) -> Path:
