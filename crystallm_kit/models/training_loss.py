@@ -101,6 +101,11 @@ class SummedLoss(nn.Module):
         self.longest = longest
         self.is_bfloat16 = bfloat16
         self.borders: torch.Tensor | None = None
+        if bfloat16:
+            for module in model.modules():
+                if hasattr(module, "cast_input_dtype_enabled"):
+                    # peft would write every input out in float32, for autocast to read it back in bfloat16
+                    module.cast_input_dtype_enabled = False  # type: ignore[assignment]
         self.is_large = model.config.get_text_config().vocab_size > _LARGE_VOCABULARY  # type: ignore[operator,union-attr]
 
     def forward(
