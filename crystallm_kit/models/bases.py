@@ -23,6 +23,7 @@ import contextlib
 import copy
 import importlib.util
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -62,6 +63,8 @@ class LoraRecipe:
         target_modules: Names of the linear layers that get an update; all-linear: all but the output head.
         dora: Direction and size of each weight apart (Liu et al. 2024, arXiv:2402.09353).
         rslora: Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732).
+        train_tokens: Regular expression. Embedding rows of the base's tokens that match it as a whole train
+            too: those of words that stood in none of its training texts. None: only rows of new tokens.
     """
 
     rank: int = 16
@@ -70,8 +73,14 @@ class LoraRecipe:
     target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
     dora: bool = False
     rslora: bool = False
+    train_tokens: str | None = None
 
     def __post_init__(self) -> None:
+        if self.train_tokens is not None:
+            try:
+                re.compile(self.train_tokens)
+            except re.error as error:
+                raise ValueError(f"'train_tokens' is no regular expression: {error}") from error
         if self.rank < 1:
             raise ValueError(f"'rank' must be at least 1, got {self.rank}; method: full trains all weights")
         if not 0 <= self.dropout < 1:
@@ -139,6 +148,7 @@ def check_base(recipe: BaseRecipe, *, device_type: str) -> Any:
     _check_causal(recipe.name, config)
     if recipe.method == "lora":
         _check_targets(recipe, config)
+        named_tokens(recipe)
     return config
 
 
@@ -491,7 +501,7 @@ def _with_lora(model: Any, recipe: BaseRecipe, vocabulary: VocabularyInfo) -> An
         use_dora=lora.dora,
         use_rslora=lora.rslora,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        trainable_token_indices=_new_rows(model, vocabulary),
+        trainable_token_indices=_trained_rows(model, recipe, vocabulary),
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
@@ -505,11 +515,37 @@ def _with_lora(model: Any, recipe: BaseRecipe, vocabulary: VocabularyInfo) -> An
     return adapted
 
 
-def _new_rows(model: Any, vocabulary: VocabularyInfo) -> dict[str, list[int]] | None:
+def named_tokens(recipe: BaseRecipe) -> list[int]:
+    """Return the ids of the base's tokens that `lora.train_tokens` names.
+
+    Raises:
+        RecipeError: If it names none.
+        ModelError: If the base has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    pattern = recipe.lora.train_tokens
+    if pattern is None:
+        return []
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base_source(recipe.name), revision=recipe.revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"base model '{recipe.name}': no tokenizer, and base.lora.train_tokens names tokens: "
+            f"{_first_line(error)}"
+        ) from error
+    ids = sorted(int(i) for token, i in tokenizer.get_vocab().items() if re.fullmatch(pattern, token))
+    if not ids:
+        raise RecipeError(f"base.lora.train_tokens '{pattern}': no token of '{recipe.name}' matches it.")
+    return ids
+
+
+def _trained_rows(model: Any, recipe: BaseRecipe, vocabulary: VocabularyInfo) -> dict[str, list[int]] | None:
     """Return the rows that train, by the name of their layer; tied layers share those of the input."""
-    if vocabulary.n_base is None or vocabulary.n_base >= vocabulary.size:
+    new = [] if vocabulary.n_base is None else range(vocabulary.n_base, vocabulary.size)
+    rows = sorted({*named_tokens(recipe), *new})
+    if not rows:
         return None
-    rows = list(range(vocabulary.n_base, vocabulary.size))
     layers = [model.get_input_embeddings()]
     head = model.get_output_embeddings()
     if head is not None and head.weight is not layers[0].weight:

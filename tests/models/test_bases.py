@@ -417,6 +417,27 @@ def test_the_output_head_is_no_target(base_folder):
     )
 
 
+def test_rows_of_named_tokens_train_and_the_others_stay():
+    """The shipped model's prompts have words that its training texts had not."""
+    asked = recipe("shipped", lora={"rank": 2, "train_tokens": r"bulk_modulus=|[1-4]\d\d\."})
+    check_base(asked, device_type="cpu")
+    model = load_base(asked, VocabularyInfo(1092, None, 0), device="cpu", seed=1)
+    (rows,) = [w for name, w in trainable(model).items() if "token" in name]
+    assert rows.shape == (401, 384)  # 100. to 499., and the name
+    before = model.get_input_embeddings()(torch.arange(1092)).detach().clone()
+    with torch.no_grad():
+        rows += 1.0
+    changed = (model.get_input_embeddings()(torch.arange(1092)) != before).any(dim=1)
+    assert changed.sum() == 401
+
+
+def test_tokens_that_the_base_does_not_have_are_refused_before_any_weights():
+    unknown = recipe("shipped", lora={"rank": 2, "train_tokens": "youngs_modulus="})
+    assert "no token of 'shipped' matches it" in refusal(unknown, RecipeError)
+    with pytest.raises(ValueError, match="'train_tokens' is no regular expression"):
+        LoraRecipe(train_tokens="(")
+
+
 def test_an_id_that_cannot_be_reached_says_what_to_do(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     message = refusal(recipe("no-such-owner/no-such-model"))
