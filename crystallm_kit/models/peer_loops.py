@@ -228,7 +228,7 @@ class Gpt(nn.Module):
         for block in self.blocks:
             x = block(x)
         logits = functional.linear(self.norm(x), self.embedding.weight)
-        return functional.cross_entropy(logits.view(-1, logits.shape[-1]), labels.view(-1))
+        return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
 
 class _Block(nn.Module):

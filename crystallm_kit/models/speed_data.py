@@ -3,7 +3,8 @@
     python -m crystallm_kit.models.speed --build-data mp_train.parquet --out data
 
     data/compact.npz   English prompts and texts of Crystal-text-LLM (`compact` at its decimals), for a base
-    data/wyckoff.npz   the kit's own prompts and texts (kit-1, `wyckoff`), drawn anew for each epoch
+    data/wyckoff.npz   the kit's own prompts and texts (kit-1, `wyckoff`), drawn anew for each epoch; each
+                       crystal five times, so that an epoch is as long as a corpus of 50,000 would make it
     data/cif.npz       CrystaLLM's texts, without prompts; joined, they are its token stream
 
 Crystals of at most 20 sites, as in MP-20, shuffled by the seed. Ids of compact.npz are those of a byte-level
@@ -44,6 +45,7 @@ BASE_VOCABULARY = 128_256  # Llama 3's
 _BPE_TOKENS = 2_048
 _DESCRIPTIONS = 8  # equivalent wyckoff texts kept of a crystal, as in finetune/corpus-wyckoff-mp.yaml
 _VALIDATION = 64  # crystals
+_COPIES = 5
 
 
 def build(
@@ -136,8 +138,9 @@ def _write_wyckoff(crystals: Sequence["Crystal"], path: Path, seed: int) -> floa
 
     encoder = CrystalEncoder(EncodingRecipe("wyckoff", n_texts=_DESCRIPTIONS), seed=seed)
     encoded = _encoded(crystals, encoder)
-    texts = Sequences.of(one.texts for one in encoded)
-    prompts = Sequences.of((one.prompts for one in encoded), (one.prompt_kinds for one in encoded))
+    repeated = encoded * _COPIES
+    texts = Sequences.of(one.texts for one in repeated)
+    prompts = Sequences.of((one.prompts for one in repeated), (one.prompt_kinds for one in repeated))
     n = min(_VALIDATION, len(encoded))
     write_stored(
         path,

@@ -521,12 +521,16 @@ def environment(n_gpus: int) -> dict[str, str]:
 ROWS: dict[str, Row] = {
     "lora": Row("Llama-3.1-8B, LoRA r=16, packed, bf16", _kit_row(lora_recipe)),
     "lora-8k": Row("lora, passes of 8,192 positions", _kit_row(lora_recipe, micro_tokens=8_192)),
-    "lora-24k": Row("lora, passes of 24,576 positions", _kit_row(lora_recipe, micro_tokens=24_576)),
+    "lora-20k": Row("lora, passes of 20,480 positions", _kit_row(lora_recipe, micro_tokens=20_480)),
     "lora-checkpointing": Row(
         "lora, passes of 32,768 positions, gradient checkpointing",
         _kit_row(lora_recipe, micro_tokens=32_768, gradient_checkpointing=True),
     ),
     "qlora": Row("lora, base in nf4 with double quantisation", _kit_row(lora_recipe, quantisation="nf4")),
+    "qlora-checkpointing": Row(
+        "qlora, passes of 8,192 positions, gradient checkpointing",
+        _kit_row(lora_recipe, micro_tokens=8_192, quantisation="nf4", gradient_checkpointing=True),
+    ),
     "crystal-text-llm": Row(
         "model and texts of lora, trained as Crystal-text-LLM does, base in bf16",
         _crystal_text_llm_row("none"),
