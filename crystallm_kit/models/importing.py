@@ -136,7 +136,8 @@ def import_crystallm(path: str | Path, out: str | Path) -> Imported:
             f"{path}: weights of {n_layers} layers, {config.n_layer} expected from model_args (n_layer)."
         )
     model, notes = _filled(path, config, weights, as_crystallm=True, has_biases=bool(arguments["bias"]))
-    settings = _plain(checkpoint.get("config") or {})
+    found = checkpoint.get("config")
+    settings = _plain(found) if isinstance(found, dict) else {}
     facts: dict[str, Any] = {"iter_num": _plain(checkpoint.get("iter_num"))}
     loss = _plain(checkpoint.get("best_val_loss"))
     if settings.get("validate", True) and isinstance(loss, int | float) and loss < _NEVER_EVALUATED:
@@ -179,7 +180,9 @@ def crystallm_config(arguments: Mapping[str, Any], *, where: str = "model_args")
             f"{where}: a vocabulary of {n_tokens} tokens, CrystaLLM's has {len(vocabulary())}. What its ids "
             "mean is unknown, so it cannot be imported."
         )
-    dropout = float(arguments.get("dropout") or 0.0)
+    dropout = arguments.get("dropout") or 0.0
+    if not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise ModelError(f"{where}: model_args: dropout is {dropout!r}, a share from 0 to 1 expected.")
     return GPT2Config(
         vocab_size=n_tokens,
         n_positions=arguments["block_size"],
@@ -395,7 +398,7 @@ def _pi_config(folder: Path, settings: Mapping[str, Any]) -> Any:
 def _transformers_weights(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """Return the weights file of a folder, and its tensors by name, without masks."""
     file = folder / "pytorch_model.bin"
-    if file.is_file() and not any(folder.glob("*.safetensors*")):
+    if file.is_file() and not list(folder.glob("*.safetensors*")):
         return file, _named_weights(file, read_checkpoint(file))
     from safetensors import safe_open
 
@@ -426,7 +429,7 @@ def _filled(
 
     notes: tuple[str, ...] = ()
     head, embedding = (weights.get(name) for name in ("lm_head.weight", "transformer.wte.weight"))
-    if head is not None and embedding is not None and not torch.equal(head, embedding):
+    if head is not None and embedding is not None and not torch.equal(head.float(), embedding.float()):
         notes = ("lm_head differs from wte: both are kept, untied",)
         config.tie_word_embeddings = False
     with torch.device("meta"):  # shapes alone
@@ -476,7 +479,7 @@ def _check_tensors(
 def _new_folder(out: str | Path) -> Path:
     """Return the folder to write. Raises ModelError if it holds something, before anything is read."""
     folder = Path(out)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if folder.is_file() or (folder.is_dir() and list(folder.iterdir())):
         raise ModelError(f"{folder}: exists already. Name a new folder, or remove it.")
     return folder
 

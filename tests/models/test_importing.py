@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from crystallm_kit.cli import main
 from crystallm_kit.engines.engine import Prompt, Sampling
 from crystallm_kit.errors import ModelError, ParseError, UnknownName
 from crystallm_kit.generation import complete_crystal, generate, infill, judge, load_model
@@ -157,6 +158,14 @@ def test_logits_are_those_of_the_written_out_model(file, tmp_path, prefix, untie
     torch.testing.assert_close(found, forward(weights, ARGUMENTS, ids), atol=1e-5, rtol=1e-5)
     assert network.config.tie_word_embeddings is not untied
     assert bool(made.notes) is untied
+
+
+def test_checkpoints_of_torch_before_its_zip_files_are_read(file, tmp_path):
+    torch.save(checkpoint() | {"config": None}, file, _use_new_zipfile_serialization=False)
+    made = import_crystallm(file, tmp_path / "model")
+    assert made.facts["val_loss"] == 0.75
+    network, _, _ = load_model_folder(made.folder)
+    assert network.transformer.wpe.weight.equal(checkpoint()["model"]["transformer.wpe.weight"])
 
 
 def test_half_precision_weights_are_kept_to_the_last_bit(file, tmp_path):
@@ -366,6 +375,7 @@ def with_weights(change) -> dict[str, Any]:
         (changed(model_args=ARGUMENTS | {"n_embd": "16"}), "n_embd is '16', a whole number expected"),
         (changed(model_args=ARGUMENTS | {"block_size": 0}), "block_size is 0, a whole number expected"),
         (changed(model_args=ARGUMENTS | {"vocab_size": None}), "vocab_size is None"),
+        (changed(model_args=ARGUMENTS | {"dropout": "high"}), "dropout is 'high', a share from 0 to 1"),
         (changed(model_args=ARGUMENTS | {"vocab_size": 50304}), "50304 tokens, CrystaLLM's has 371"),
         (
             changed(model_args=ARGUMENTS | {"block_size": 1024}),
@@ -451,6 +461,22 @@ def test_a_folder_that_holds_something_is_left_alone(file, tmp_path):
 def test_an_unknown_system_is_refused_with_the_nearest(file, tmp_path):
     with pytest.raises(UnknownName, match="did you mean 'crystallm'"):
         import_model("crystalm", file, tmp_path / "model")
+
+
+def test_the_command_imports_and_says_what_it_made(file, tmp_path, capsys):
+    saved = checkpoint()
+    saved["model"]["lm_head.weight"] = saved["model"]["lm_head.weight"].flip(0)
+    torch.save(saved, file)
+    out = tmp_path / "model"
+    assert main(["import", "crystallm", str(file), "--out", str(out)]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{out}: 23,584 parameters; iter_num 250; val_loss 0.75"
+    assert said[1:] == [
+        "note: lm_head differs from wte: both are kept, untied",
+        f"crystallm-kit generate --model {out}",
+    ]
+    assert main(["import", "crystallm", str(file), "--out", str(out)]) == 2
+    assert "exists already" in capsys.readouterr().err
 
 
 # CrystaLLM-pi
