@@ -28,7 +28,13 @@ from pymatgen.core import Structure
 
 from crystallm_kit.engines.engine import Engine, Prompt, Sampling
 from crystallm_kit.errors import ImpossibleRequest, ModelError, ParseError, UnknownName
-from crystallm_kit.models.folders import model_folder, shipped_model_folder, weights_folder
+from crystallm_kit.models.folders import (
+    SHIPPED,
+    adapter_folder,
+    model_folder,
+    shipped_model_folder,
+    weights_folder,
+)
 from crystallm_kit.records import Completion, Conditions, Crystal, Sample, Verdict
 from crystallm_kit.structures.elements import ELEMENTS
 from crystallm_kit.text.parsing import parse_completion
@@ -72,7 +78,7 @@ def load_model(
     *,
     batch_size: int = 256,
     device: str | None = None,
-    base: str | None = None,
+    adapter: str | Path | None = None,
     template: str | None = None,
     format: str | None = None,
     format_settings: Mapping[str, Any] | None = None,
@@ -83,7 +89,8 @@ def load_model(
         path: A model folder, an adapter's folder, or a Hugging Face id (owner/name) of either.
         batch_size: Samples in a batch.
         device: Default: cuda where there is one.
-        base: Of an adapter: where its base is now; None: where the adapter says.
+        adapter: An adapter's folder, its Hugging Face id, or the name of one that comes with the package.
+            `path` is then its base; None: the base that it names.
         template: Name of the prompt template, for a model that has no manifest.
         format: Name of the text format, for such a model.
         format_settings: Its settings.
@@ -91,7 +98,10 @@ def load_model(
     Raises:
         ModelError: If the folder is no whole model folder, or its template is not the kit's.
     """
-    folder = shipped_model_folder() if path is None else model_folder(str(path))
+    if adapter is not None:
+        folder, base = adapter_folder(str(adapter)), None if path is None else str(path)
+    else:
+        folder, base = shipped_model_folder() if path is None else model_folder(str(path)), None
     _set_threads(weights_folder(folder, base))
     from crystallm_kit.engines.transformers_local import TransformersEngine
     from crystallm_kit.models.checkpoints import load_model_folder
@@ -108,7 +118,7 @@ def load_model(
     stop = form.alphabet().stop if tokenizer.eos_token_id is None else ""
     engine = TransformersEngine(network, tokenizer, stop=stop, batch_size=batch_size, device=device)
     return Model(
-        name="shipped" if path is None else str(path),
+        name=" + ".join(str(part) for part in (path, adapter) if part is not None) or SHIPPED,
         engine=engine,
         representation=form,
         template=spoken,

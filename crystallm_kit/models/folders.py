@@ -53,6 +53,25 @@ def base_source(name: str, *, beside: Path | None = None) -> str:
     return name
 
 
+def adapter_folder(name: str) -> Path:
+    """Return the folder of an adapter: one that is there, a shipped one by its name, or a Hugging Face id's.
+
+    Raises:
+        ModelError: If it is none of them.
+    """
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    shipped = {f.name: f for f in Path(str(resources.files("crystallm_kit"))).glob("pretrained/adapters/*")}
+    if name in shipped:
+        return shipped[name]
+    if "/" in name and _HUB_ID.fullmatch(name):
+        return model_folder(name)
+    known = ", ".join(sorted(shipped)) or "none"
+    raise ModelError(
+        f"adapter '{name}': no such folder, and none of that name comes with this package (it has {known})."
+    )
+
+
 def weights_folder(folder: Path, base: str | None = None) -> Path | None:
     """Return the local folder of most of a model's weights: an adapter's are its base's. None: not known."""
     settings = folder / "adapter_config.json"

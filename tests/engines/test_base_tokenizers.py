@@ -1,6 +1,8 @@
 """Sampling from models that bring a tokenizer of their own: prompts as trained, texts with every blank."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 import torch
@@ -125,6 +127,19 @@ def test_an_adapter_generates_and_every_sample_gets_a_verdict(adapter):
     samples = generate(n=3, seed=1, model=adapter, sampling=Sampling(max_new_tokens=40))
     assert len(samples) == 3
     assert all(not sample.verdict.valid and sample.verdict.reason for sample in samples)
+
+
+def test_an_adapter_is_put_on_the_base_that_is_named(adapter, base_folder, tmp_path):
+    base = shutil.copytree(base_folder("gpt2"), tmp_path / "base")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    moved = shutil.copytree(adapter, tmp_path / "moved")
+    (moved / "adapter_config.json").write_text(json.dumps({**settings, "base_model_name_or_path": "gone"}))
+    here, there = load_model(adapter=adapter), load_model(base, adapter=moved)
+    assert (here.name, there.name) == (str(adapter), f"{base} + {moved}")
+    weights = dict(there.engine.model.named_parameters())
+    assert all(torch.equal(w, weights[name]) for name, w in here.engine.model.named_parameters())
+    with pytest.raises(ModelError, match=r"adapter 'no-such-name': no such folder, and none of that name"):
+        load_model(adapter="no-such-name")
 
 
 def test_a_model_taught_to_write_a_crystal_writes_it(base_folder, tmp_path):
