@@ -331,7 +331,12 @@ _OWN_ATTENTION = ("gpt_oss",)
 
 
 def load_base(
-    recipe: BaseRecipe, vocabulary: VocabularyInfo, *, device: str | torch.device, seed: int
+    recipe: BaseRecipe,
+    vocabulary: VocabularyInfo,
+    *,
+    device: str | torch.device,
+    seed: int,
+    runs_on: str | torch.device | None = None,
 ) -> Any:
     """Return the base as it is trained: a transformers causal LM, LoRA around it for method lora.
 
@@ -342,15 +347,19 @@ def load_base(
     Args:
         recipe: What and how; checked before (check_base).
         vocabulary: Of the corpus.
-        device: Where to; weights do not go through the CPU on their way to a GPU.
+        device: Where to; weights do not go through the CPU on their way to a GPU. "meta": shapes alone, no
+            weights are read.
         seed: Of LoRA's first matrices, and of random weights; the global random state is left as it was.
+        runs_on: Where it will be trained, if elsewhere: decides the type of frozen weights.
 
     Raises:
         ModelError: If the weights cannot be read or do not belong to the vocabulary.
     """
     place = torch.device(device)
-    with _own_randomness(place, seed):
-        model = (_random_base if recipe.weights == "random" else _pretrained_base)(recipe, place)
+    dtype = _dtype(recipe, torch.device(runs_on or device))
+    made = _random_base if recipe.weights == "random" or place.type == "meta" else _pretrained_base
+    with _own_randomness(place, seed), place if place.type == "meta" else contextlib.nullcontext():
+        model = made(recipe, place, dtype)
         _fit_vocabulary(model, vocabulary, recipe.name)
         if recipe.method == "lora":
             model = _with_lora(model, recipe, vocabulary)
@@ -381,14 +390,14 @@ def _dtype(recipe: BaseRecipe, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_frozen_on_gpu else torch.float32
 
 
-def _pretrained_base(recipe: BaseRecipe, device: torch.device) -> Any:
+def _pretrained_base(recipe: BaseRecipe, device: torch.device, dtype: torch.dtype) -> Any:
     source = base_source(recipe.name)
     return pretrained_model(
         source,
         recipe.name,
         config=_without_attention_dropout(read_config(source, recipe.name, recipe.revision)),
         revision=recipe.revision,
-        dtype=_dtype(recipe, device),
+        dtype=dtype,
         quantization_config=bitsandbytes_setting(recipe.quantisation, double=recipe.double_quantisation),
         device_map={"": device} if device.type == "cuda" or recipe.quantisation != "none" else None,
     )
@@ -428,13 +437,12 @@ def _without_attention_dropout(config: Any) -> Any:
     return config
 
 
-def _random_base(recipe: BaseRecipe, device: torch.device) -> Any:
+def _random_base(recipe: BaseRecipe, device: torch.device, dtype: torch.dtype) -> Any:
     """Return the architecture with weights as it draws them, made where they stay."""
     from transformers import AutoModelForCausalLM
 
     source = base_source(recipe.name)
     config = _without_attention_dropout(read_config(source, recipe.name, recipe.revision))
-    dtype = _dtype(recipe, device)
     quantisation = bitsandbytes_setting(recipe.quantisation, double=recipe.double_quantisation)
     with torch.device(device if quantisation is None else "meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

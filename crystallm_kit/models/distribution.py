@@ -5,18 +5,23 @@
     distribution.backward(loss(*batch), loss, is_last=True)
 
 DDP keeps all weights on every GPU and adds up gradients. FSDP2 keeps a share of each weight on every GPU and
-gathers a layer when it is computed, so that a model larger than one GPU trains. A step's gradient is the sum
-over its targets, whoever computed them, so a run is the same run on any number of GPUs up to rounding.
+gathers a layer when it is computed, so that a model larger than one GPU trains; the main process alone holds
+it whole, in CPU memory, while it is dealt out, and the others begin with shapes (meta tensors). A step's
+gradient is the sum over its targets, whoever computed them, so a run is the same run on any number of GPUs up
+to rounding.
 
 Not here: which process computes what (batches.Layout), checkpoints (run_state.py).
 """
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from crystallm_kit.errors import ModelError
 
 Sharding = Literal["none", "fsdp"]
 
@@ -48,9 +53,13 @@ class Distribution:
         """Return the loss module for this process; call it before the optimizer takes the weights.
 
         Args:
-            loss: On this process's device; with frozen and trainable weights.
+            loss: On this process's device; with frozen and trainable weights. To be sharded, it is on the CPU
+                or on its device in the main process, whose weights count, and may be on "meta" in the others.
             layers: The decoder layers, which FSDP2 gathers one at a time.
             bfloat16: Whether FSDP2 gathers and computes in bfloat16; gradients are added in float32.
+
+        Raises:
+            ModelError: If processes hold models of other shapes.
         """
         if not self.is_sharded:
             return self.accelerator.prepare_model(loss) if self.world > 1 else loss
@@ -62,10 +71,36 @@ class Distribution:
             settings["mp_policy"] = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-        for layer in layers:
-            fully_shard(layer, **settings)
-        fully_shard(loss, **settings)
+        self._check_alike(loss)
+        for module in (*layers, loss):
+            self._deal_out(module)
+            fully_shard(module, **settings)
         return loss
+
+    def _check_alike(self, loss: nn.Module) -> None:
+        shapes = [(name, tuple(w.shape), str(w.dtype)) for name, w in _tensors(loss)]
+        here, main = shapes, self.gather(shapes)[0]
+        other = next((pair for pair in zip(main, here, strict=False) if pair[0] != pair[1]), None)
+        if other or len(main) != len(here):
+            raise ModelError(
+                f"the main process has other weights than process {self.rank}: "
+                f"{other or (len(main), len(here))}. The base's files do not agree with its config; train it "
+                "without sharding."
+            )
+
+    @torch.no_grad()
+    def _deal_out(self, module: nn.Module) -> None:
+        """Put a module's tensors on this process's device, with the values of the main process."""
+        for _, tensor in _tensors(module):
+            if self.is_main:
+                whole = tensor.detach().to(self.device).contiguous()
+            else:
+                whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+            torch.distributed.broadcast(whole, src=0)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            # of the same memory, but new: who sent it may hold it a while, and then it cannot be swapped
+            new = nn.Parameter(whole, tensor.requires_grad) if is_parameter else whole.detach()
+            torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call] # wherever it is shared
 
     def backward(self, summed: torch.Tensor, loss: nn.Module, n_targets: int, *, is_last: bool) -> None:
         """Add one pass's share of the step's gradient; processes exchange gradients in the last pass alone.
@@ -82,6 +117,14 @@ class Distribution:
         with contextlib.nullcontext() if waits else self.accelerator.no_sync(loss):
             # processes take the mean of their gradients; what is wanted is their sum
             (summed * (self.world / n_targets)).backward()  # type: ignore[no-untyped-call]
+
+    def forget_gathered(self, loss: nn.Module) -> None:
+        """Let go of weights that a forward pass without a backward pass has left whole.
+
+        FSDP2 keeps those of no layer (the embeddings), and the next pass would not see what changed since.
+        """
+        if self.is_sharded:
+            loss.reshard()  # type: ignore[operator]
 
     def clip(self, weights: list[torch.Tensor], largest: float) -> torch.Tensor:
         """Scale the gradients down to a norm of at most `largest`; return the norm that they had."""
@@ -115,6 +158,14 @@ class Distribution:
         """Leave the group of processes, if this object's accelerator opened one."""
         if self.world > 1:
             self.accelerator.end_training()
+
+
+def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return the parameters and buffers of a module that are not yet spread, each once."""
+    from torch.distributed.tensor import DTensor
+
+    named = itertools.chain(module.named_parameters(), module.named_buffers())
+    return [(name, tensor) for name, tensor in named if not isinstance(tensor, DTensor)]
 
 
 def full(tensor: torch.Tensor) -> torch.Tensor:

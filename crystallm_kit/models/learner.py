@@ -47,9 +47,14 @@ def layout_of(recipe: TrainingRecipe, distribution: Distribution) -> Layout:
     """Return how examples become steps, by what the model can take.
 
     Raises:
-        RecipeError: If the rows that the recipe asks for cannot be.
+        RecipeError: If the rows that the recipe asks for cannot be, or quantised weights shall be sharded.
         ModelError, MissingExtra: If the base model is none that can be trained here; no weights are read.
     """
+    if distribution.is_sharded and recipe.base and recipe.base.quantisation != "none":
+        raise RecipeError(
+            f"base.quantisation {recipe.base.quantisation}: quantised weights cannot be sharded. Set "
+            "sharding: none (each GPU holds them whole: nf4 is a quarter of bfloat16), or quantisation: none."
+        )
     problem = _packing_problem(recipe, distribution.device)
     if recipe.rows == "packed" and problem and distribution.device.type == "cuda":
         raise RecipeError(f"rows: packed: {problem}. Set rows: padded.")
@@ -146,6 +151,7 @@ class Learner:
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         for batch in batches:
             total += self.loss(*batch).double()
+        self.distribution.forget_gathered(self.loss)
         self.model.train()
         return total
 
@@ -258,9 +264,11 @@ class Learner:
             model.config._attn_implementation = ATTENTION
             return model.train()
         config = _base_config(recipe, self.device)
-        # a sharded model is put together on the CPU: a GPU may not hold it whole
-        place = torch.device("cpu") if self.distribution.is_sharded else self.device
-        model = bases.load_base(recipe.base, vocabulary, device=place, seed=recipe.seed)
+        place = self.device
+        if self.distribution.is_sharded:
+            # a GPU may not hold it whole; the CPU's memory does once, not once for each process
+            place = torch.device("cpu" if self.distribution.is_main else "meta")
+        model = bases.load_base(recipe.base, vocabulary, device=place, seed=recipe.seed, runs_on=self.device)
         packable = bases.packing_problem(config, layout.max_length) is None
         model.config._attn_implementation = ATTENTION if packable else "eager"
         return model.train()
