@@ -29,6 +29,7 @@ from crystallm_kit.fine_tuning import (
     validation_requests,
     with_corpus,
 )
+from crystallm_kit.generation import generate
 from crystallm_kit.models.bases import BaseRecipe, LoraRecipe, load_base
 from crystallm_kit.models.batches import open_source
 from crystallm_kit.models.checkpoints import ModelRecipe, read_manifest
@@ -216,8 +217,34 @@ def test_samples_of_a_good_model_are_found_good(crystals, corpus, tmp_path):
     assert numbers["sample_parse"] >= 0.75
     assert numbers["sample_as_asked"] <= numbers["sample_parse"]
     assert 0.5 <= numbers["sample_validity"] <= numbers["sample_as_asked"]
-    again = sampler(recipe, tmp_path / "again")(model, 2)
-    assert again == numbers  # the same requests and draws every time
+
+
+@pytest.mark.parametrize(("family", "new_tokens"), [("llama", "none"), ("gpt2", "format")])
+def test_a_base_model_is_fine_tuned_with_its_own_tokenizer_and_asked_afterwards(
+    recipe, base_folder, tmp_path, family, new_tokens
+):
+    """From files to samples of the adapter: the prompts in English, cut by the base model's tokenizer."""
+    (tmp_path / "corpus.yaml").write_text(
+        "seed: 1\nmax_tokens: 400\nencoding: {format: compact, template: crystal-text-llm"
+        + (f", tokenizer: {base_folder(family)}, new_tokens: format" if new_tokens == "format" else "")
+        + "}\n"
+    )
+    data = dataclasses.replace(recipe.data, corpus_recipe=tmp_path / "corpus.yaml")
+    base = BaseRecipe(name=str(base_folder(family)), lora=LoraRecipe(rank=2))
+    recipe = dataclasses.replace(
+        recipe, model=None, base=base, data=data, steps=2, sample_every=2, samples=2, eval_every=2,
+        batch_tokens=1024, micro_tokens=1024, residual_dropout=0.0, ema_decay=0.0,
+    )  # fmt: skip
+    result = fine_tune(recipe, tmp_path / "run")
+    lines = (tmp_path / "run" / "samples" / "00000002.jsonl").read_text().splitlines()
+    asked = [json.loads(line)["conditions"] for line in lines]
+    assert len(asked) == 2
+    assert all(set(conditions.get("formula", {})) <= set(SIZES) for conditions in asked)
+    assert any(asked)
+    assert (result.model_folder / "adapter_model.safetensors").is_file()
+    samples = generate(Conditions(formula={"Na": 1, "Cl": 1}), n=2, model=str(result.model_folder))
+    assert len(samples) == 2
+    assert all(sample.verdict.reason for sample in samples)  # two steps teach nothing
 
 
 # ---------------------------------------------------------------- lending a model
@@ -243,14 +270,16 @@ def test_a_lent_model_comes_back_as_it_was(toy_model, corpus, tmp_path, gradient
     modes = [m.training for m in model.modules()]
     weights = [w.detach().clone() for w in model.parameters()]
     generators = states()
-    sampler(recipe, tmp_path)(model, 1)
+    numbers = sampler(recipe, tmp_path)(model, 1)
     assert [m.training for m in model.modules()] == modes
     assert model.config._attn_implementation == ATTENTION
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     assert states() == generators
+    assert sampler(recipe, tmp_path)(model, 2) == numbers  # the same requests and draws every time
     ids = torch.tensor([[5, 6, 7]])
-    with lent(model) as network, torch.no_grad():
+    with lent(model, bfloat16=True) as network, torch.no_grad():
         logits = network(input_ids=ids).logits
+        assert logits.dtype == torch.float32  # a CPU trains in float32 whatever the recipe says
         assert model.config._attn_implementation == "sdpa"
         assert not model.training
     assert torch.isfinite(logits).all()

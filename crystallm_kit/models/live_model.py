@@ -34,7 +34,7 @@ def lent(model: Any, *, bfloat16: bool = False) -> Iterator["LentModel"]:
 
     Args:
         model: Whole on this process: neither sharded nor wrapped for data parallelism.
-        bfloat16: Whether it computes under autocast, as in training on a GPU.
+        bfloat16: Whether it computes in bfloat16 on a GPU (autocast), as in training.
     """
     device = next(model.parameters()).device
     modes = [(module, module.training) for module in model.modules()]
@@ -46,7 +46,7 @@ def lent(model: Any, *, bfloat16: bool = False) -> Iterator["LentModel"]:
             if attention == ATTENTION:
                 model.config._attn_implementation = "sdpa"
             with torch.compiler.set_stance("force_eager"):
-                yield LentModel(model, device, bfloat16=bfloat16)
+                yield LentModel(model, device, bfloat16=bfloat16 and device.type == "cuda")
         finally:
             model.config._attn_implementation = attention
             for module, was_training in modes:
