@@ -28,6 +28,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ import torch
 from crystallm_kit.errors import UserError
 from crystallm_kit.models.checkpoints import git_commit, library_versions
 from crystallm_kit.models.speed_rows import RATIOS, ROWS, Place, environment, launcher
+
+_SHORTEST_SECONDS = 30.0
 
 
 def measure_row(name: str, place: Place) -> dict[str, Any]:
@@ -92,13 +95,27 @@ def run_row(name: str, place: Place, timeout_seconds: float) -> dict[str, Any]:
     return {"row": name, "what": row.what, "error": problem, "log": tail}
 
 
-def run_rows(names: Iterable[str], place: Place, timeout_seconds: float) -> list[dict[str, Any]]:
-    """Measure rows one after the other; print and keep each when it ends."""
+def run_rows(
+    names: Iterable[str], place: Place, timeout_seconds: float, *, minutes: float = 600.0
+) -> list[dict[str, Any]]:
+    """Measure rows one after the other; print and keep each when it ends.
+
+    Args:
+        names: Of the rows.
+        place: Where.
+        timeout_seconds: Of a row.
+        minutes: Of all rows; those that find less than half a minute left are not begun.
+    """
     place.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * minutes
     records = []
     for name in names:
+        left = end - time.monotonic()
+        if left < _SHORTEST_SECONDS:
+            print(f"{name}: not begun, {left:.0f} s are left", flush=True)
+            continue
         print(f"{name}: {ROWS[name].what}", flush=True)
-        record = run_row(name, place, timeout_seconds)
+        record = run_row(name, place, min(timeout_seconds, left))
         records.append(record)
         with (place.out / "rows.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
@@ -161,11 +178,13 @@ def main(arguments: list[str] | None = None) -> int:
         place = Place(options.data, options.out, options.seconds, options.toy)
         if options.inside:
             return _inside(options.rows[0], place)
-        records = run_rows(options.rows, place, options.timeout)
+        records = run_rows(options.rows, place, options.timeout, minutes=options.minutes)
     except UserError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
-    print(table(map(json.loads, (place.out / "rows.jsonl").read_text(encoding="utf-8").splitlines())))
+    kept = place.out / "rows.jsonl"
+    lines = kept.read_text(encoding="utf-8").splitlines() if kept.exists() else []
+    print(table(map(json.loads, lines)))
     return int(any("error" in record for record in records))
 
 
@@ -181,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--seconds", type=float, default=20.0, help="of timed steps a row")
     parser.add_argument("--timeout", type=float, default=180.0, help="seconds of a row in all")
+    parser.add_argument("--minutes", type=float, default=600.0, help="of all rows")
     parser.add_argument("--toy", action="store_true", help="two layers, to try everything out")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     return parser

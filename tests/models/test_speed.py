@@ -12,7 +12,7 @@ from pymatgen.core import Lattice, Structure
 
 from crystallm_kit.models.batches import open_source, write_arrays
 from crystallm_kit.models.peer_loops import CrystallmSettings, Gpt, crystallm_loop
-from crystallm_kit.models.speed import main, run_row, table
+from crystallm_kit.models.speed import main, run_row, run_rows, table
 from crystallm_kit.models.speed_data import build
 from crystallm_kit.models.speed_rows import (
     LLAMA_3_1_8B,
@@ -227,6 +227,11 @@ def test_a_row_that_does_not_end_is_killed_and_told(place):
     found = run_row("scratch", place, timeout_seconds=0.3)
     assert found["error"] == "no end within 0 s"
     assert "failed: no end" in table([found])
+
+
+def test_rows_that_find_no_time_left_are_not_begun(place, capsys):
+    assert run_rows(["scratch", "lora"], place, timeout_seconds=9.0, minutes=0.1) == []
+    assert "lora: not begun" in capsys.readouterr().out
 
 
 def test_the_table_has_the_last_of_each_row_and_ratios():
