@@ -107,7 +107,13 @@ def load_model(
     from crystallm_kit.models.checkpoints import load_model_folder
 
     network, tokenizer, manifest = load_model_folder(
-        folder, base=base, template=template, format=format, format_settings=format_settings
+        folder,
+        dtype="auto",
+        device=device,
+        base=base,
+        template=template,
+        format=format,
+        format_settings=format_settings,
     )
     facts = manifest.results
     try:

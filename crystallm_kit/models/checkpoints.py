@@ -9,7 +9,8 @@ manifest.json says where the model came from and how it must be spoken to: the p
 and the text format with its settings. A folder without them is refused: a model asked in another template
 than it was trained with answers, but wrongly.
 
-Not here: training state, from which a run resumes (training.py); other systems' checkpoints (importing.py).
+Not here: adapters (adapters.py), other systems' checkpoints (importing.py), the state from which a run
+resumes (run_state.py).
 """
 
 import dataclasses
@@ -27,6 +28,7 @@ import torch
 
 from crystallm_kit.errors import ModelError, RecipeError
 from crystallm_kit.models.element_embedding import ELEMENTS, element_rows
+from crystallm_kit.models.folders import weights_folder
 from crystallm_kit.recipes import from_dict, recipe_to_dict
 from crystallm_kit.tokens.drawing import VocabularyInfo
 
@@ -35,6 +37,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja",
 )  # fmt: skip
+_LARGE_BYTES = 1_000_000_000
 _LIBRARIES = ("crystallm-kit", "torch", "transformers", "accelerate", "tokenizers", "safetensors", "numpy")
 
 
@@ -353,7 +356,7 @@ def load_model_folder(
     path: str | Path,
     *,
     dtype: str = "float32",
-    device: str = "cpu",
+    device: str | None = "cpu",
     base: str | None = None,
     template: str | None = None,
     format: str | None = None,
@@ -363,8 +366,9 @@ def load_model_folder(
 
     Args:
         path: The folder.
-        dtype: Of the weights in memory.
-        device: Where to.
+        dtype: Of the weights in memory; "auto": bfloat16 for large models (1e9 bytes on disk) on a GPU, else
+            float32.
+        device: Where to; None: the GPU where there is one.
         base: Of an adapter: where its base is now; None: where the adapter says.
         template: Name of the prompt template, for a folder without manifest.json.
         format: Name of the text format, for such a folder.
@@ -378,6 +382,9 @@ def load_model_folder(
     folder = Path(path)
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such model folder.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") and _is_large(folder, base) else "float32"
     if is_adapter(folder):
         from crystallm_kit.models.adapters import load_adapter
 
@@ -407,6 +414,11 @@ def load_model_folder(
             f"{model.config.vocab_size}: they do not belong together."
         )
     return model.to(device).eval(), tokenizer, manifest
+
+
+def _is_large(folder: Path, base: str | None) -> bool:
+    weights = weights_folder(folder, base)
+    return weights is None or sum(f.stat().st_size for f in weights.glob("*.safetensors")) > _LARGE_BYTES
 
 
 def check_weights(folder: str | Path) -> None:

@@ -486,3 +486,43 @@ def test_a_base_of_the_kit_keeps_its_template_format_and_tokenizer():
 def test_a_base_of_others_takes_any_template(base_folder):
     info = StoredInfo(SAME, "compact", {}, TEMPLATE.name, TEMPLATE.hash)
     check_same_template(str(base_folder("llama")), info)
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture
+def wide_config(tmp_path):
+    """Return a folder with the config of a Llama whose layers hold 134 million weights."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=1024, intermediate_size=4096, num_hidden_layers=8,
+        num_attention_heads=8, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path / "wide")
+    return tmp_path / "wide"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("quantisation", "bits", "most"), [("none", 16, 1.3), ("nf4", 4.13, 1.6), ("int8", 8, 1.6)]
+)
+def test_random_weights_are_made_on_the_gpu_and_never_all_unquantised(wide_config, quantisation, bits, most):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    chosen = recipe(wide_config, weights="random", quantisation=quantisation)
+    check_base(chosen, device_type="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = load_base(chosen, SAME, device="cuda", seed=1)
+    n_weights = 8 * (4 * 1024 * 1024 + 3 * 1024 * 4096)
+    assert torch.cuda.max_memory_allocated() - before < most * n_weights * bits / 8
+    assert {w.device.type for w in model.parameters()} == {"cuda"}
+    assert torch.bfloat16 in {w.dtype for w in model.parameters() if not w.requires_grad}
+    assert {w.dtype for w in trainable(model).values()} == {torch.float32}
+    ids = tokens(12).cuda()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        out = model(input_ids=ids, position_ids=torch.arange(12).cuda()[None], use_cache=False).logits
+    out.float().square().mean().backward()
+    assert all(w.grad is not None and w.grad.isfinite().all() for w in trainable(model).values())
