@@ -15,7 +15,9 @@ Not here: which process computes what (batches.Layout), checkpoints (run_state.p
 
 import contextlib
 import itertools
+import os
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -158,6 +160,24 @@ class Distribution:
         """Leave the group of processes, if this object's accelerator opened one."""
         if self.world > 1:
             self.accelerator.end_training()
+
+
+def is_first_to_tell() -> bool:
+    """Return whether this process is the first of its run to tell of an error: one message, not one of each.
+
+    Processes ask the store through which they met. Before they have met, the main process tells.
+    """
+    processes = torch.distributed
+    if not processes.is_available() or not processes.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        store = processes.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=5)
+        )
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        return int(store.add(f"crystallm_kit/told/{attempt}", 1)) == 1
+    except (RuntimeError, KeyError):  # it went with the process that kept it
+        return True
 
 
 def _tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -41,7 +41,7 @@ from crystallm_kit.models import bases, preflight
 from crystallm_kit.models.batches import DeviceExamples, Step, TokenSource, open_source
 from crystallm_kit.models.checkpoints import Manifest, git_commit, library_versions
 from crystallm_kit.models.curves import Curves
-from crystallm_kit.models.distribution import Distribution
+from crystallm_kit.models.distribution import Distribution, is_first_to_tell
 from crystallm_kit.models.failures import GradientWatch, diverged, explain
 from crystallm_kit.models.learner import Learner, layout_of
 from crystallm_kit.models.memory import scratch_config
@@ -185,7 +185,7 @@ class _Run:
         self._restore()
         self._check_overfit()
         self._open()
-        stop = _StopSignal()
+        stop = _StopSignal(stays=self.distribution.world > 1)
         stopped: Stopped = "done"
         begun = time.monotonic()
         recipe, progress = self.recipe, self.progress
@@ -564,10 +564,16 @@ class _Run:
 
 
 class _StopSignal:
-    """SIGTERM, noted and acted on between two steps."""
+    """SIGTERM, noted and acted on between two steps.
 
-    def __init__(self) -> None:
-        self.asked = False
+    Attributes:
+        asked: Whether it came.
+        stays: Whether it is noted on after an error: a launcher that has lost one process sends it to the
+            others, which would end before they have told what happened.
+    """
+
+    def __init__(self, *, stays: bool) -> None:
+        self.asked, self.stays = False, stays
         self._before: Any = None
 
     def __enter__(self) -> "_StopSignal":
@@ -575,8 +581,8 @@ class _StopSignal:
             self._before = signal.signal(signal.SIGTERM, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
+    def __exit__(self, error: object, *_: object) -> None:
+        if self._before is not None and not (error and self.stays):
             signal.signal(signal.SIGTERM, self._before)
 
     def _note(self, *_: object) -> None:
@@ -624,7 +630,8 @@ def main(arguments: list[str] | None = None) -> int:
         recipe = load_recipe(options.recipe, TrainingRecipe, tuple(overrides))
         result = train(recipe, options.out, resume=not options.fresh)
     except UserError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if is_first_to_tell():
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 2
     if os.environ.get("RANK", "0") == "0":
         print(json.dumps(recipe_to_dict(result)))
