@@ -267,7 +267,10 @@ def _condition_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", metavar="PATH", help="a model folder (default: the shipped model)")
+    parser.add_argument(
+        "--model", metavar="PATH",
+        help="a model's or adapter's folder, or its Hugging Face id (default: the shipped model)",
+    )  # fmt: skip
     parser.add_argument(
         "--batch-size", type=int, default=256, metavar="N", help="samples at a time (default: 256)"
     )

@@ -348,9 +348,9 @@ def _sampling(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _model(options: argparse.Namespace) -> "Model":
-    """Return the model; a folder is never looked for on the network."""
+    """Return the model; a whole one in a folder is never looked for on the network."""
     folder = Path(options.model) if options.model is not None else Path(__file__).parent / "pretrained"
-    if folder.exists():
+    if (folder / "config.json").exists():  # an adapter has none, and its base may have to be fetched
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from crystallm_kit.generation import load_model
 

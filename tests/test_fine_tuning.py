@@ -556,4 +556,4 @@ def test_a_push_that_fails_after_training_leaves_the_model_whole(prepared, tmp_p
         fine_tune(recipe, tmp_path / "run")
     assert read_manifest(tmp_path / "run" / "model").results["steps"] == 2
     card = (tmp_path / "run" / "model" / "README.md").read_text()
-    assert "hf download my-lab/crystals" in card
+    assert "--model my-lab/crystals\n" in card

@@ -136,17 +136,18 @@ def _base_text(manifest: Manifest) -> str:
 
 def _how_to_use(manifest: Manifest, is_adapter: bool, repo: str | None) -> str:
     extra = "'crystallm-kit[train]'" if is_adapter else "crystallm-kit"
-    found = ". Its base model is found by the name in `adapter_config.json`" if is_adapter else ""
-    merged = "\n# one plain model folder, for other programs\ncrystallm-kit merge model --out merged"
-    return f"""Download this repository into a folder{found}:
-
-```sh
+    name = repo or "ORG/NAME"
+    merged = f"""
+# one plain model folder, for other programs
+hf download {name} --local-dir adapter
+crystallm-kit merge adapter --out merged"""
+    found = "\nThe base model is found by its name in `adapter_config.json`, and downloaded.\n"
+    return f"""```sh
 pip install {extra}
-hf download {repo or "ORG/NAME"} --local-dir model
-crystallm-kit generate "20 crystals of Ti and O" --model model
-crystallm-kit generate --formula BaTiO3 -n 20 --seed 1 --model model{merged if is_adapter else ""}
+crystallm-kit generate "20 crystals of Ti and O" --model {name}
+crystallm-kit generate --formula BaTiO3 -n 20 --seed 1 --model {name}{merged if is_adapter else ""}
 ```
-
+{found if is_adapter else ""}
 Prompt template: `{manifest.template}` (sha256 `{manifest.template_sha256[:16]}`). Text format:
 `{manifest.format}`{_settings(manifest.format_settings)}. crystallm-kit writes the one and reads the
 other. Whoever asks the model without it has to write the prompt exactly so, or the answers are wrong without

@@ -77,7 +77,7 @@ def test_the_card_says_what_the_manifest_says(folder):
         "on 1 x NVIDIA H200",
         "trained from scratch",
         "# run\n",  # the run's name: a folder called `model` has none of its own
-        "crystallm-kit generate --formula BaTiO3 -n 20 --seed 1 --model model",
+        "crystallm-kit generate --formula BaTiO3 -n 20 --seed 1 --model ORG/NAME",
     ):
         assert said in card
     assert "quantiles" not in card
@@ -98,8 +98,8 @@ def test_the_head_of_an_adapters_card_names_its_base_and_peft(adapter):
     assert "lora" in found["tags"]
     assert "# alloys\n" in card
     assert "A LoRA adapter for `Qwen/Qwen3-8B` (revision `f00`)" in card
-    assert "hf download my-lab/alloys --local-dir model" in card
-    assert "crystallm-kit merge model --out merged" in card
+    assert "hf download my-lab/alloys --local-dir adapter" in card
+    assert "crystallm-kit merge adapter --out merged" in card
 
 
 def test_paths_of_this_machine_stay_out_of_the_card(folder, tmp_path):
@@ -286,7 +286,7 @@ def test_a_push_sends_the_folder_byte_by_byte_into_a_private_repository(hub, fol
     sent = hub.files["my-lab/crystals", "main"]
     assert sent == contents(folder)
     assert len(hub.large) == 1  # the weights
-    assert "hf download my-lab/crystals" in sent[CARD].decode()
+    assert "--model my-lab/crystals\n" in sent[CARD].decode()
 
 
 def test_a_second_push_replaces_what_changed(hub, folder):
