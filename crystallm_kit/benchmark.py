@@ -5,13 +5,16 @@
     python -m crystallm_kit.benchmark unconditional -n 2000
     python -m crystallm_kit.benchmark constrained TARGETS.parquet -n 10000
     python -m crystallm_kit.benchmark obeyed TARGETS.parquet --targets 500
+    python -m crystallm_kit.benchmark bulk-modulus KNOWN.parquet -n 100
+    python -m crystallm_kit.benchmark conditioned --adapter bulk-modulus --targets 50,150,300 -n 200 --out DIR
     python -m crystallm_kit.benchmark facts corpus/ MODEL
 
 `predict` asks for each target's composition (atoms of its primitive cell, and what --condition adds for all)
 and matches the candidates with the truth, in the order in which they were drawn and in the order of
 `generation.ranked`.
 
-Not here: what matches (scores/matching.py), what is valid (scores/validity.py).
+Not here: what matches (scores/matching.py), what is valid (scores/validity.py); conditioned generation, step
+by step (conditioned.py).
 """
 
 import argparse
@@ -26,16 +29,20 @@ from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 from pymatgen.core import Composition, Structure
 
+from crystallm_kit.conditioned import calibration, conditioned, known_crystals
 from crystallm_kit.engines.engine import Sampling
 from crystallm_kit.errors import EmptyInput, ImpossibleRequest, UserError
 from crystallm_kit.generation import Model, load_model, ranked, stream
 from crystallm_kit.records import Conditions, Crystal, Range, Sample
 from crystallm_kit.scores.funnel import Funnel, funnel, mark_duplicates
+from crystallm_kit.scores.hits import is_ordered, lines
 from crystallm_kit.scores.matching import MatchRate, match_rate, rms_distances
 from crystallm_kit.structures.files import read
+from crystallm_kit.structures.relaxation import load_potential
 from crystallm_kit.structures.symmetry import spacegroup_number
 from crystallm_kit.text.conditions import parse_conditions
 
@@ -206,6 +213,7 @@ def main(arguments: list[str] | None = None) -> int:
         verb.add_argument("--model", default=None, help="model folder; default: the shipped one")
         verb.add_argument("--seed", type=int, default=0)
         verb.add_argument("--batch-size", type=int, default=256)
+    _add_bulk_modulus_verbs(verbs)
     verb = verbs.add_parser("facts")
     verb.add_argument(
         "--max-sites", type=int, default=None, help="of the primitive cell; default: as in training"
@@ -216,6 +224,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.verb == "facts":
         print(json.dumps(write_facts(options.corpus, options.folder, max_sites=options.max_sites)))
         return 0
+    if options.verb in ("bulk-modulus", "conditioned"):
+        return _bulk_modulus(options) if options.verb == "bulk-modulus" else _conditioned(options)
     properties = _properties(options.condition) if options.verb == "predict" else {}
     model = load_model(options.model, batch_size=options.batch_size)
     begun = time.perf_counter()
@@ -239,6 +249,49 @@ def main(arguments: list[str] | None = None) -> int:
         speeds = (counts.requested / seconds, counts.charge / seconds)
         print(f"{speeds[0]:.1f} samples/s, {speeds[1]:.1f} valid/s, {seconds:.1f} s")
     print(f"{time.perf_counter() - begun:.0f} s", file=sys.stderr)
+    return 0
+
+
+def _add_bulk_modulus_verbs(verbs: Any) -> None:
+    known = verbs.add_parser("bulk-modulus", help="how measured bulk moduli agree with known ones")
+    known.add_argument("data", help="crystals with their bulk moduli")
+    known.add_argument("-n", type=int, default=100, help="the first of the file")
+    targets = verbs.add_parser("conditioned", help="what crystals turn out to have that were asked for")
+    targets.add_argument("--model", default=None, help="the base's folder; default: the shipped one")
+    targets.add_argument("--adapter", required=True, help="a folder, or a shipped one's name")
+    targets.add_argument("--targets", default="50,150,300", metavar="GPA,GPA")
+    targets.add_argument("-n", type=int, default=200, help="samples for each target, and without one")
+    targets.add_argument("--out", required=True, metavar="DIR", help="of the rows; the same one resumes")
+    targets.add_argument("--reference", action="append", default=[], help="training data; tells what is new")
+    targets.add_argument("--seed", type=int, default=0)
+    targets.add_argument("--batch-size", type=int, default=256)
+    for verb in (known, targets):
+        verb.add_argument("--potential", default="chgnet", help="or an ASE calculator as module:factory")
+        verb.add_argument("--device", default=None, help="of the potential: cpu, cuda")
+
+
+def _bulk_modulus(options: argparse.Namespace) -> int:
+    potential = load_potential(options.potential, device=options.device)
+    found = calibration(list(islice(read(options.data), options.n)), potential)
+    print(json.dumps({"potential": potential.name, **found}))
+    return 0
+
+
+def _conditioned(options: argparse.Namespace) -> int:
+    try:
+        targets = [float(word) for word in options.targets.split(",")]
+    except ValueError as error:
+        raise UserError(f"--targets '{options.targets}': expected numbers such as 50,150,300") from error
+    base = load_model(options.model, batch_size=options.batch_size)
+    adapter = load_model(options.model, adapter=options.adapter, batch_size=options.batch_size)
+    results = conditioned(
+        base, adapter, options.out, targets=targets, n=options.n, seed=options.seed,
+        potential=load_potential(options.potential, device=options.device),
+        known=known_crystals(read(options.reference)) if options.reference else None,
+        say=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
+    print("\n".join(lines(results)))
+    print(f"medians in the order of the targets: {'yes' if is_ordered([r for _, r in results]) else 'no'}")
     return 0
 
 

@@ -16,7 +16,11 @@ from crystallm_kit.tokens.corpus import CorpusRecipe
 
 ROOT = Path(__file__).parents[1]
 # Pattern of recipes -> what they are.
-SHIPPED = {"finetune/llama-*.yaml": TrainingRecipe, "finetune/corpus-*.yaml": CorpusRecipe}
+SHIPPED = {
+    "finetune/llama-*.yaml": TrainingRecipe,
+    "finetune/shipped-*.yaml": TrainingRecipe,
+    "finetune/corpus-*.yaml": CorpusRecipe,
+}
 
 
 @dataclass(frozen=True)
