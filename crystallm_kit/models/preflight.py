@@ -94,7 +94,7 @@ class Lengths:
         bars = "".join(_BARS[-(-(len(_BARS) - 1) * count // most)] for count in self.histogram)
         lines = [
             f"lengths: {self.n:,} examples, median {self.median:.0f} tokens, 95 % up to {self.p95:.0f}, "
-            f"longest {self.longest:,}; loss on {self.labelled_share:.0%} of the positions without prompts",
+            f"longest {self.longest:,}; {self.labelled_share:.0%} of the positions come after prompts",
             f"lengths: 0 |{bars}| {self.longest:,}",
         ]
         if self.n_too_long:
@@ -115,7 +115,7 @@ def lengths_report(examples: Examples, max_length: int) -> Lengths:
     """
     lengths = np.diff(examples.offsets)
     if not len(lengths):
-        raise EmptyInput("no training examples.")
+        raise EmptyInput("no examples.")
     stays = (lengths <= max_length) & (lengths > 1)
     n_inputs = lengths[stays] - 1
     n_prompt = np.maximum(examples.prompt_lengths[stays].astype(np.int64) - 1, 0)
@@ -143,6 +143,8 @@ def check_examples(
         EmptyInput: If there is none, or none is short enough.
         RecipeError: If no position has a loss, or a token id lies outside the vocabulary.
     """
+    if len(examples.offsets) < 2:
+        raise EmptyInput(f"{name}: no examples. Prepare the corpus from more crystals.")
     lengths = lengths_report(examples, layout.max_length)
     if lengths.n_too_long + lengths.n_too_short == lengths.n:
         raise EmptyInput(

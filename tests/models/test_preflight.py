@@ -83,7 +83,7 @@ def test_more_than_half_too_long_is_a_warning():
 def test_no_example_short_enough_is_refused_with_what_to_set():
     with pytest.raises(EmptyInput, match=r"none of 2 examples has 2 to 65 .* shortest has\s+100.*max_length"):
         check_examples(examples_of([100, 120]), layout_of(), VOCABULARY)
-    with pytest.raises(EmptyInput, match="no training examples"):
+    with pytest.raises(EmptyInput, match="training set: no examples"):
         check_examples(examples_of([]), layout_of(), VOCABULARY)
 
 
