@@ -43,7 +43,7 @@ class Distribution:
         from accelerate.utils import DistributedType  # type: ignore[import-untyped]
 
         # autocast is in SummedLoss, inside the compiled part
-        self.accelerator = Accelerator(mixed_precision="no")
+        self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes

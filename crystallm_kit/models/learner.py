@@ -104,6 +104,9 @@ class Learner:
             add_noise(loss, recipe.neftune_alpha)
         is_quantised = recipe.base is not None and recipe.base.quantisation != "none"
         if recipe.compile and self.device.type == "cuda" and not is_quantised:
+            if recipe.base is not None:
+                # else the first layer, which nothing before it asks for a gradient, gets a graph of its own
+                self.model.enable_input_require_grads()
             compile_layers(self.model, is_static=layout.packed)
         self.loss = distribution.spread(loss, layers, bfloat16=is_bfloat16)
         self.weights = {name: w for name, w in self.model.named_parameters() if w.requires_grad}
@@ -267,7 +270,9 @@ class Learner:
         place = self.device
         if self.distribution.is_sharded:
             # a GPU may not hold it whole; the CPU's memory does once, not once for each process
-            place = torch.device("cpu" if self.distribution.is_main else "meta")
+            is_drawn = recipe.base.weights == "random"  # the GPU draws 8 billion numbers in a moment
+            main = self.device if is_drawn else torch.device("cpu")
+            place = main if self.distribution.is_main else torch.device("meta")
         model = bases.load_base(recipe.base, vocabulary, device=place, seed=recipe.seed, runs_on=self.device)
         packable = bases.packing_problem(config, layout.max_length) is None
         model.config._attn_implementation = ATTENTION if packable else "eager"

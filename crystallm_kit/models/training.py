@@ -28,6 +28,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -255,14 +256,18 @@ class _Run:
 
     def _steps(self) -> Iterator[Step]:
         """Yield the steps from where the run stands, epoch after epoch."""
-        while True:
-            epoch, first = self.progress.epoch, self.progress.step_in_epoch
-            examples = self.source.examples(epoch)
-            self._data = self._put(examples)
-            for i, step in enumerate(self._plan(examples, epoch)):
-                if i >= first:
-                    yield step
-            self.progress.epoch, self.progress.step_in_epoch = epoch + 1, 0
+        # the next epoch is drawn while this one trains: a GPU would wait for tens of thousands of crystals
+        with ThreadPoolExecutor(1) as drawing:
+            coming = drawing.submit(self.source.examples, self.progress.epoch)
+            while True:
+                epoch, first = self.progress.epoch, self.progress.step_in_epoch
+                examples = coming.result()
+                coming = drawing.submit(self.source.examples, epoch + 1)
+                self._data = self._put(examples)
+                for i, step in enumerate(self._plan(examples, epoch)):
+                    if i >= first:
+                        yield step
+                self.progress.epoch, self.progress.step_in_epoch = epoch + 1, 0
 
     def _plan(self, examples: Examples, epoch: int | None) -> Iterator[Step]:
         order = None if epoch is None else np.random.default_rng([self.recipe.seed, epoch])
