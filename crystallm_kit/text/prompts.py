@@ -40,6 +40,7 @@ __all__ = [
     "Template",
     "WordsTemplate",
     "completion_prefix",
+    "facts_of",
     "substitution_prefix",
     "template_named",
     "training_conditions",
@@ -112,7 +113,7 @@ def training_conditions(
         spacegroup_number: Adds space group and crystal system, if known.
         n_primitive_sites: Adds the number of sites, if known.
     """
-    known = _facts(crystal, spacegroup_number, n_primitive_sites)
+    known = facts_of(crystal, spacegroup_number, n_primitive_sites)
     says = template_named(template).says
     known = {name: value for name, value in known.items() if name in says}
     draws = rng.random(len(known) + 3)
@@ -137,7 +138,7 @@ def _some(elements: Sequence[str], rng: np.random.Generator) -> tuple[str, ...]:
     return tuple(elements[i] for i in sorted(chosen))
 
 
-def _facts(crystal: Crystal, spacegroup: int | None, n_sites: int | None) -> dict[str, Any]:
+def facts_of(crystal: Crystal, spacegroup: int | None, n_sites: int | None) -> dict[str, Any]:
     """Return what is known of a crystal and can be written: field or property name -> value."""
     composition = crystal.structure.composition.get_el_amt_dict()
     counts = {e: round(composition[e]) for e in sorted(composition, key=lambda e: (RANK.get(e, math.inf), e))}

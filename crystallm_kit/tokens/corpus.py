@@ -60,6 +60,7 @@ from crystallm_kit.tokens.parts import (
 )
 from crystallm_kit.tokens.splits import SPLITS, Row, SharedCompositions, SplitIndex, shared_compositions
 from crystallm_kit.tokens.substitutes import SUBSTITUTED, add_substitutes
+from crystallm_kit.tokens.tasks import require_properties
 
 if TYPE_CHECKING:
     import datasets
@@ -197,6 +198,7 @@ def prepare(
     if done is not None:
         return done
     check_pair(recipe.encoding)
+    require_properties(by_split, recipe.encoding.properties)
     work = out / ".parts"
     work.mkdir(parents=True, exist_ok=True)
     tokenizer_folder = _write_tokenizer(recipe.encoding, out)
@@ -370,6 +372,7 @@ def export_arrays(folder: str | Path, path: str | Path, *, manifest: Mapping[str
         info,
         seed=recipe.seed,
         dropping=recipe.encoding.dropping,
+        tasks=recipe.encoding.tasks,
         other_description_probability=recipe.other_description_probability,
         n_substituted=sum(substituted),
         substituted_epochs=recipe.substituted_epochs,

@@ -10,7 +10,8 @@ follows:
 
 The kept parts, joined, are what the template renders for those conditions, and conditions are drawn as
 text.prompts.training_conditions draws them. Where a template's prompts are no such sums of parts (English
-sentences) a crystal has whole prompts instead, of which an epoch takes one.
+sentences) a crystal has whole prompts instead, of which an epoch takes one. Other tasks than writing the
+crystal (tasks.py) have prompts and answers of their own; an epoch gives each crystal one of its tasks.
 
 Deterministic: (seed, epoch) fixes the epoch. Drawing 27,000 crystals takes a twentieth of a second and their
 file has 6 MB, so epochs are drawn where the training runs. As a command it writes drawn epochs as the arrays
@@ -98,6 +99,9 @@ class StoredInfo:
 # What a sequence of a prompt is.
 CLOSING, ONLY_ELEMENTS, SOME_ELEMENTS, ELEMENT, ELEMENTS_END, CONDITION, WHOLE_PROMPT = 0, 1, 2, 3, 4, 5, 6
 FOCUS = 7  # a value of the property in focus; of a crystal's several one is stated
+# Prompts of the tasks beside generation; each is followed by its answer.
+INFILL, PROPERTY, ANSWER = 8, 9, 10
+TASKS = ("generate", "infill", "property")
 
 
 @dataclass(frozen=True)
@@ -204,6 +208,7 @@ def draw_examples(
     *,
     dropping: ConditionDropping,
     other_description_probability: float,
+    tasks: Mapping[str, float] | None = None,
 ) -> Examples:
     """Return one example a crystal, in the corpus's order.
 
@@ -213,23 +218,34 @@ def draw_examples(
         rng: Draws.
         dropping: How conditions are drawn.
         other_description_probability: How often the text is drawn from all texts instead of being the first.
+        tasks: Name in TASKS -> share of the examples; None: generation alone. A crystal without prompts for
+            a task takes one of the others.
     """
     kept = draw_prompts(prompts, rng, dropping)  # (S,) of the prompts
     draws = rng.random((2, texts.n_crystals))
     other = np.where(draws[0] < other_description_probability, draws[1], 0.0)
     text = texts.starts[:-1] + (other * texts.counts).astype(np.int64)
-    owner = np.repeat(np.arange(prompts.n_crystals), prompts.counts)[kept]
-    # one list of sequences: those of each crystal's prompt, then its text
-    crystal = np.concatenate([owner, np.arange(texts.n_crystals)])
-    begins = np.concatenate([prompts.offsets[:-1][kept], len(prompts.tokens) + texts.offsets[:-1][text]])
-    lengths = np.concatenate([np.diff(prompts.offsets)[kept], np.diff(texts.offsets)[text]])
+    begins = len(prompts.tokens) + texts.offsets[:-1][text]  # (N,) of what follows the prompts
+    text_lengths = np.diff(texts.offsets)[text]
+    owner = np.repeat(np.arange(prompts.n_crystals), prompts.counts)
+    if tasks is not None and set(tasks) != {"generate"}:
+        asked = draw_tasks(prompts, rng, tasks)
+        others = np.flatnonzero(asked >= 0)
+        kept &= asked[owner] < 0
+        kept[asked[others]] = True
+        begins[others] = prompts.offsets[asked[others] + 1]
+        text_lengths[others] = np.diff(prompts.offsets)[asked[others] + 1]
+    # one list of sequences: those of each crystal's prompt, then its text or answer
+    crystal = np.concatenate([owner[kept], np.arange(texts.n_crystals)])
+    begins = np.concatenate([prompts.offsets[:-1][kept], begins])
+    lengths = np.concatenate([np.diff(prompts.offsets)[kept], text_lengths])
     order = np.argsort(crystal, kind="stable")
     crystal, begins, lengths = crystal[order], begins[order], lengths[order]
     ends = running_sums(lengths)
     index = np.repeat(begins - ends[:-1], lengths) + np.arange(ends[-1])
     tokens = np.concatenate([prompts.tokens, texts.tokens])[index]
     example_lengths = np.bincount(crystal, weights=lengths, minlength=texts.n_crystals).astype(np.int64)
-    prompt_lengths = example_lengths - np.diff(texts.offsets)[text]
+    prompt_lengths = example_lengths - text_lengths
     return Examples(tokens, running_sums(example_lengths), prompt_lengths.astype(np.int32))
 
 
@@ -257,10 +273,31 @@ def draw_prompts(
     kept = np.where(kinds == ELEMENTS_END, has_elements, kept)
     element = np.flatnonzero(kinds == ELEMENT)  # (E,)
     kept[element] = has_elements[element] & (only[element] | _some_of_each(owner[element], n, rng))
-    chosen = prompts.starts[:-1] + (whole * prompts.counts).astype(np.int64)
+    # whole prompts stand before those of other tasks
+    n_whole = np.bincount(owner[kinds == WHOLE_PROMPT], minlength=n)
+    chosen = prompts.starts[:-1] + (whole * n_whole).astype(np.int64)
     is_chosen = np.zeros(len(kinds) + 1, dtype=bool)
     is_chosen[chosen] = True
-    return np.where(kinds == WHOLE_PROMPT, is_chosen[:-1], kept)
+    kept = np.where(kinds == WHOLE_PROMPT, is_chosen[:-1], kept)
+    return np.where(kinds >= INFILL, False, kept)
+
+
+def draw_tasks(prompts: Sequences, rng: np.random.Generator, tasks: Mapping[str, float]) -> IntArray:
+    """Return the sequence that asks for each crystal's task, -1 where that is to write the crystal: (N,)."""
+    n = prompts.n_crystals
+    which, pick = rng.random((2, n))
+    owner = np.repeat(np.arange(n), prompts.counts)
+    asking = [np.flatnonzero(prompts.kinds == kind) for kind in (INFILL, PROPERTY)]
+    counts = [np.bincount(owner[sequences], minlength=n) for sequences in asking]
+    shares = [np.full(n, tasks.get("generate", 0.0))]
+    shares += [tasks.get(name, 0.0) * (c > 0) for name, c in zip(TASKS[1:], counts, strict=True)]
+    borders = np.cumsum(shares, axis=0)  # (3, N)
+    task = (which * borders[-1] >= borders[:-1]).sum(axis=0)
+    found = np.full(n, -1, dtype=np.int64)
+    for number, (sequences, c) in enumerate(zip(asking, counts, strict=True), start=1):
+        rows = np.flatnonzero((task == number) & (c > 0))
+        found[rows] = sequences[running_sums(c)[rows] + (pick * c)[rows].astype(np.int64)]
+    return found
 
 
 def _draw_focus(
@@ -314,6 +351,7 @@ class StoredCorpus:
             self.info = StoredInfo(**{**info, "vocabulary": VocabularyInfo(**info["vocabulary"])})
             self.dropping = ConditionDropping(**stored["dropping"])
             self.other_description_probability = float(stored["other_description_probability"])
+            self.tasks: dict[str, float] = stored.get("tasks", {"generate": 1.0})
             self.n_substituted = int(stored.get("n_substituted", 0))
             self.substituted_epochs = int(stored.get("substituted_epochs", 0))
             self.seed = int(stored["seed"]) if seed is None else seed
@@ -356,6 +394,7 @@ class StoredCorpus:
             np.random.default_rng((self.seed, epoch)),
             dropping=self.dropping,
             other_description_probability=other_description_probability,
+            tasks=self.tasks,
         )
 
 
@@ -368,6 +407,7 @@ def write_stored(
     seed: int,
     dropping: ConditionDropping,
     other_description_probability: float,
+    tasks: Mapping[str, float] | None = None,
     n_substituted: int = 0,
     substituted_epochs: int = 0,
 ) -> None:
@@ -389,6 +429,7 @@ def write_stored(
         "seed": seed,
         "dropping": recipe_to_dict(dropping),
         "other_description_probability": other_description_probability,
+        "tasks": dict(tasks or {"generate": 1.0}),
         "n_substituted": n_substituted,
         "substituted_epochs": substituted_epochs,
     }

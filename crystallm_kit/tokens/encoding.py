@@ -25,7 +25,7 @@ import numpy as np
 from pymatgen.core.lattice import Lattice
 from pymatgen.core.structure import Structure
 
-from crystallm_kit.errors import ParseError, UserError, did_you_mean
+from crystallm_kit.errors import EncodeError, ParseError, UserError, did_you_mean
 from crystallm_kit.recipes import recipe_to_dict
 from crystallm_kit.records import PROPERTIES, Conditions, Crystal, Range
 from crystallm_kit.structures.augmentation import AugmentationRecipe, augment
@@ -39,18 +39,22 @@ from crystallm_kit.text.representation import Alphabet, representation
 from crystallm_kit.text.wyckoff import WyckoffRepresentation, text_to_symmetric
 from crystallm_kit.tokens.cutting import BaseCutter, Cutter
 from crystallm_kit.tokens.drawing import (
+    ANSWER,
     CLOSING,
     CONDITION,
     ELEMENT,
     ELEMENTS_END,
     FOCUS,
+    INFILL,
     ONLY_ELEMENTS,
+    PROPERTY,
     SOME_ELEMENTS,
     WHOLE_PROMPT,
     ConditionDropping,
     StoredInfo,
     VocabularyInfo,
 )
+from crystallm_kit.tokens.tasks import check_tasks, check_template, pairs_of
 from crystallm_kit.tokens.tokenizer import (
     FastTokenizer,
     base_tokenizer,
@@ -62,12 +66,14 @@ from crystallm_kit.tokens.tokenizer import (
 )
 
 # Format -> template that it has tokens for, and template -> formats that it asks for.
-OWN_TEMPLATE = {"wyckoff": "kit-1", "cif": "cif-crystallm"}
+OWN_TEMPLATES = {"wyckoff": ("kit-1",), "cif": ("cif-crystallm", "cif-crystallm-pi")}
 _FORMATS_OF_TEMPLATE = {
     "kit-1": ("wyckoff",),
     "crystal-text-llm": ("compact",),
     "cif-crystallm": ("cif",),
+    "cif-crystallm-pi": ("cif",),
 }
+_DIALECT_OF_TEMPLATE = {"cif-crystallm": "v1", "cif-crystallm-pi": "pi"}
 _PAIRS = (
     "Without a tokenizer: wyckoff with kit-1, cif with cif-crystallm. With one: compact with "
     "crystal-text-llm, wyckoff with kit-1, and every format with words-1."
@@ -95,6 +101,9 @@ class EncodingRecipe:
         augmentation: Of the views whose texts are stored beside the crystal's own.
         n_whole_prompts: Prompts stored of one crystal, for templates that are no sum of parts.
         dropping: How conditions are drawn.
+        tasks: Name of a task (tasks.py) -> share of the examples.
+        properties: What the data must have, and what the task `property` asks for; empty: whatever a crystal
+            has.
     """
 
     format: str = "wyckoff"
@@ -106,12 +115,15 @@ class EncodingRecipe:
     n_whole_prompts: int = 16
     dropping: ConditionDropping = field(default_factory=ConditionDropping)
     augmentation: AugmentationRecipe = field(default_factory=AugmentationRecipe)
+    tasks: dict[str, float] = field(default_factory=lambda: {"generate": 1.0})
+    properties: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if min(self.n_texts, self.n_whole_prompts) < 1:
             raise ValueError("n_texts and n_whole_prompts must be at least 1")
         if self.tokenizer is None and self.new_tokens != "none":
             raise ValueError("new_tokens extends a base model's 'tokenizer', and none is given")
+        check_tasks(self.tasks, self.properties)
         focus = self.dropping.focus
         if focus is not None and focus not in PROPERTIES:
             known = ", ".join(PROPERTIES)
@@ -122,7 +134,12 @@ class EncodingRecipe:
     def identity(self) -> dict[str, Any]:
         """Return what decides the ids, as plain mappings: corpora of before a setting keep their hash."""
         plain = recipe_to_dict(self)
-        new = {"tokenizer": None, "new_tokens": "none"}
+        new: dict[str, Any] = {
+            "tokenizer": None,
+            "new_tokens": "none",
+            "tasks": {"generate": 1.0},
+            "properties": [],
+        }
         old = ("none_probability", "keep_probability", "only_elements_probability")
         if self.dropping.focus is None:
             plain["dropping"] = {name: plain["dropping"][name] for name in old}
@@ -141,7 +158,8 @@ class EncodedCrystal:
         volume_per_formula_unit_angstrom3: Of the reduced formula.
         text: The canonical text.
         texts: Token ids of all texts, with the end token where the format has one; the canonical one first.
-        prompts: Token ids of prompt parts, or of whole prompts.
+        prompts: Token ids of prompt parts, or of whole prompts; then of the other tasks' prompts, each before
+            its answer.
         prompt_kinds: What each of them is (drawing.py).
     """
 
@@ -157,15 +175,29 @@ class EncodedCrystal:
 
     @property
     def longest(self) -> int:
-        """Tokens of its longest prompt and text together."""
-        whole = [
-            len(p) for p, kind in zip(self.prompts, self.prompt_kinds, strict=True) if kind == WHOLE_PROMPT
-        ]
+        """Tokens of its longest prompt and text, or task and answer, together."""
+        sized = [(kind, len(p)) for kind, p in zip(self.prompt_kinds, self.prompts, strict=True)]
+        whole = [n for kind, n in sized if kind == WHOLE_PROMPT]
         # a prompt made of parts has one of the two keywords for elements
-        parts = sum(map(len, self.prompts)) - (ONLY_ELEMENTS in self.prompt_kinds)
-        values = [len(p) for p, kind in zip(self.prompts, self.prompt_kinds, strict=True) if kind == FOCUS]
-        parts -= sum(values[1:])  # and one value of the property in focus
-        return (max(whole) if whole else parts) + max(map(len, self.texts))
+        parts = sum(n for kind, n in sized if kind < INFILL) - (ONLY_ELEMENTS in self.prompt_kinds)
+        parts -= sum([n for kind, n in sized if kind == FOCUS][1:])  # and one value of the property in focus
+        pairs = [n + sized[i + 1][1] for i, (kind, n) in enumerate(sized) if kind in (INFILL, PROPERTY)]
+        return max((max(whole) if whole else parts) + max(map(len, self.texts)), *pairs, 0)
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether it can be asked other tasks than to write it."""
+        return ANSWER in self.prompt_kinds
+
+    def without_long_pairs(self, max_tokens: int) -> "EncodedCrystal":
+        """Return it without the tasks whose prompt and answer have more tokens than that."""
+        kinds, prompts = self.prompt_kinds, self.prompts
+        n = next((i for i, kind in enumerate(kinds) if kind >= INFILL), len(kinds))
+        short = [
+            i for i in range(n, len(kinds), 2) if len(prompts[i]) + len(prompts[i + 1]) <= max_tokens
+        ]  # fmt: skip
+        kept = [*range(n), *(i for pair in short for i in (pair, pair + 1))]
+        return replace(self, prompts=[prompts[i] for i in kept], prompt_kinds=[kinds[i] for i in kept])
 
 
 class CrystalEncoder:
@@ -189,7 +221,7 @@ class CrystalEncoder:
         self.seed = seed
         self.format = representation(recipe.format, **recipe.format_settings)
         self.alphabet = self.format.alphabet()
-        self.template = template_named(recipe.template)
+        self.template = template_named(recipe.template, format=recipe.format)
         check_pair(recipe)
         self.folder = tokenizer_folder
         self.tokenizer: FastTokenizer | None = None
@@ -234,7 +266,7 @@ class CrystalEncoder:
         """Return the sequences of a crystal.
 
         Raises:
-            EncodeError: If the format cannot carry it.
+            EncodeError: If the format cannot carry it, or none of the tasks can be asked of it.
             ParseError: If a token is missing.
         """
         index = int.from_bytes(hashlib.sha256(crystal.id.encode()).digest()[:8])
@@ -242,6 +274,16 @@ class CrystalEncoder:
         texts = self._texts(crystal, rng, index)
         number, content = self._symmetry(crystal, texts[0])
         prompts, kinds = self._prompts(crystal, number, sum(content.values()), rng)
+        for kind, prompt, answer in pairs_of(
+            crystal, texts, self.template, rng, tasks=self.recipe.tasks, properties=self.recipe.properties,
+            spacegroup=number or None,
+        ):  # fmt: skip
+            prompts += [self.cut.prompt(prompt), self._with_end(self.cut(answer))]
+            kinds += [kind, ANSWER]
+        if not self.recipe.tasks.get("generate") and ANSWER not in kinds:
+            raise EncodeError(
+                f"crystal '{crystal.id}': it can be asked none of the tasks {', '.join(self.recipe.tasks)}"
+            )
         counts = {str(e): round(n) for e, n in crystal.structure.composition.get_el_amt_dict().items()}
         divisor = math.gcd(*counts.values())
         n_centering = space_group(number).n_centering if number else 1
@@ -367,12 +409,18 @@ def check_pair(recipe: EncodingRecipe) -> None:
     """Raise UserError if the recipe's template does not fit its format, or needs a base tokenizer."""
     name, form = recipe.template, recipe.format
     template = template_named(name)
+    check_template(template, recipe.tasks, recipe.properties)
     fitting = _FORMATS_OF_TEMPLATE.get(name)
     if fitting and form not in fitting:
         raise UserError(
             f"encoding: template '{name}' asks for {' or '.join(fitting)}, the format is '{form}'. {_PAIRS}"
         )
-    if recipe.tokenizer is None and OWN_TEMPLATE.get(form) != name:
+    dialect = _DIALECT_OF_TEMPLATE.get(name)
+    if dialect and (stated := recipe.format_settings.get("dialect", "v1")) != dialect:
+        raise UserError(
+            f"encoding: template '{name}' asks for format_settings.dialect '{dialect}', it is '{stated}'."
+        )
+    if recipe.tokenizer is None and name not in OWN_TEMPLATES.get(form, ()):
         raise UserError(
             f"encoding: the format '{form}' has no tokens of its own for the words of template '{name}'; "
             f"name a base model's 'tokenizer'. {_PAIRS}"

@@ -113,7 +113,9 @@ def finished(task: PartTask) -> PartReport | None:
 
 def encode_part(task: PartTask) -> PartReport:
     """Encode the entries of a part and write its two files."""
-    encoder = _encoder(json.dumps(task.recipe, sort_keys=True), task.seed, task.tokenizer_folder)
+    folder = task.tokenizer_folder
+    changed = (Path(folder) / "tokenizer.json").stat().st_mtime_ns if folder else 0
+    encoder = _encoder(json.dumps(task.recipe, sort_keys=True), task.seed, folder, changed)
     kept: list[EncodedCrystal] = []
     dropped: list[tuple[str, str, str]] = []
     with CifPool(1, timeout_seconds=CIF_TIMEOUT_SECONDS) as pool:  # starts no process until one is needed
@@ -129,25 +131,28 @@ def encode_part(task: PartTask) -> PartReport:
             except UserError as error:
                 dropped.append((entry.id, "not_encoded", str(error)))
                 continue
-            if encoded.longest > task.max_tokens:
+            short = encoded.without_long_pairs(task.max_tokens)
+            if short.longest > task.max_tokens or (
+                not encoder.recipe.tasks.get("generate") and not short.has_pairs
+            ):
                 detail = f"{encoded.longest} tokens, at most {task.max_tokens}"
                 dropped.append((entry.id, "too_long", detail))
                 continue
-            kept.append(encoded)
-    folder, unknown = Path(task.folder), encoder.cut.unknown_id
+            kept.append(short)
+    unknown = encoder.cut.unknown_id
     n_unknown = 0
     if unknown is not None:
         n_unknown = sum(ids.count(unknown) for c in kept for ids in (*c.texts, *c.prompts))
-    write_rows(part_path(folder, task.number), kept, task.split)
+    write_rows(part_path(Path(task.folder), task.number), kept, task.split)
     report = PartReport(
         task.number, task.sha256, task.split, len(task.entries), len(kept), n_unknown, tuple(dropped)
     )
-    write_text(report_path(folder, task.number), json.dumps(asdict(report)))
+    write_text(report_path(Path(task.folder), task.number), json.dumps(asdict(report)))
     return report
 
 
 @lru_cache(maxsize=2)
-def _encoder(recipe: str, seed: int, tokenizer_folder: str) -> CrystalEncoder:
+def _encoder(recipe: str, seed: int, tokenizer_folder: str, changed: int) -> CrystalEncoder:  # noqa: ARG001
     plain = from_dict(json.loads(recipe), EncodingRecipe)
     return CrystalEncoder(plain, seed=seed, tokenizer_folder=tokenizer_folder or None)
 

@@ -128,7 +128,8 @@ def _substitutes_of(task: _Task) -> list[EncodedCrystal]:
             if crystal is None:
                 continue
             try:
-                encoded = encoder(Crystal(f"substitute {start + offset}-{attempt}", expand(crystal)))
+                made = Crystal(f"substitute {start + offset}-{attempt}", expand(crystal))
+                encoded = encoder(made).without_long_pairs(max_tokens)
             except UserError:
                 continue
             if encoded.longest <= max_tokens:

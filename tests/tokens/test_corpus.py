@@ -254,7 +254,7 @@ def test_a_corpus_of_a_base_tokenizer_holds_what_a_model_folder_needs(halide_fil
         format="compact", template="crystal-text-llm", tokenizer=str(byte_level), new_tokens="format",
     )  # fmt: skip
     out = tmp_path / "out"
-    report = prepare([halide_file], replace(RECIPE, encoding=encoding, max_tokens=2048), out, workers=2)
+    report = prepare([halide_file], replace(RECIPE, encoding=encoding, max_tokens=2048), out)
     assert sum(report.n_rows.values()) == 40
     tokenizer = load_tokenizer(out / "tokenizer")
     info = StoredCorpus(out / "corpus.npz").info
