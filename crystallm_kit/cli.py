@@ -272,6 +272,10 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         help="a model's or adapter's folder, or its Hugging Face id (default: the shipped model)",
     )  # fmt: skip
     parser.add_argument(
+        "--adapter", metavar="NAME",
+        help="an adapter's folder or Hugging Face id, or one of the shipped model's: bulk-modulus",
+    )  # fmt: skip
+    parser.add_argument(
         "--batch-size", type=int, default=256, metavar="N", help="samples at a time (default: 256)"
     )
 

@@ -115,7 +115,7 @@ def load_model(
         format=format,
         format_settings=format_settings,
     )
-    facts = manifest.results
+    facts = {**_facts_of_base(folder, base), **manifest.results}
     try:
         spoken = template_named(manifest.template, manifest.template_sha256)
     except UnknownName as error:
@@ -135,6 +135,16 @@ def load_model(
             **facts.get("sampling", {}), max_new_tokens=max(1, min(engine.max_positions - 1, LONGEST))
         ),
     )
+
+
+def _facts_of_base(folder: Path, base: str | None) -> dict[str, Any]:
+    """Return what the base of an adapter says of its training data, if it is a model of the kit."""
+    from crystallm_kit.models.checkpoints import MANIFEST, read_manifest
+
+    under = weights_folder(folder, base)
+    if under is None or under == folder or not (under / MANIFEST).is_file():
+        return {}
+    return read_manifest(under).results
 
 
 def _set_threads(folder: Path | None) -> None:

@@ -44,6 +44,7 @@ def generate(options: argparse.Namespace) -> int:
     _known("protocol", options.protocol, PROTOCOLS)
     given = _sampling(options)
     check_folder(options.out)
+    _tell_of_adapters(options, conditions)
     model = _model(options)
     samples = stream(
         [conditions] * n, seed=options.seed, model=model, sampling=replace(model.sampling, **given),
@@ -356,7 +357,19 @@ def _model(options: argparse.Namespace) -> "Model":
 
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: 1 or more expected")
-    return load_model(options.model, batch_size=options.batch_size)
+    return load_model(options.model, adapter=options.adapter, batch_size=options.batch_size)
+
+
+def _tell_of_adapters(options: argparse.Namespace, conditions: Conditions) -> None:
+    """Say which adapter has learned a property that is asked of the shipped model, which has not."""
+    from crystallm_kit.models.folders import adapter_for
+
+    if options.model is not None or options.adapter is not None:
+        return
+    for name in conditions.properties:
+        adapter = adapter_for(name)
+        if adapter is not None:
+            print(f"note: the shipped model has not learned {name}; add --adapter {adapter}", file=sys.stderr)
 
 
 def _known(kind: str, name: str, known: Any) -> None:

@@ -72,6 +72,16 @@ def adapter_folder(name: str) -> Path:
     )
 
 
+def adapter_for(property_name: str) -> str | None:
+    """Return the name of the shipped adapter that has learned a property, if there is one."""
+    for path in sorted(
+        Path(str(resources.files("crystallm_kit"))).glob("pretrained/adapters/*/manifest.json")
+    ):
+        if json.loads(path.read_text(encoding="utf-8"))["results"].get("property") == property_name:
+            return path.parent.name
+    return None
+
+
 def weights_folder(folder: Path, base: str | None = None) -> Path | None:
     """Return the local folder of most of a model's weights: an adapter's are its base's. None: not known."""
     settings = folder / "adapter_config.json"
