@@ -168,6 +168,9 @@ def _add_model_verbs(verbs: Any) -> None:
     _inputs(prepare)
     prepare.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the corpus")
     prepare.add_argument("--format", metavar="NAME", help="text format (default: the recipe's, else wyckoff)")
+    prepare.add_argument(
+        "--tokenizer", metavar="BASE", help="of the base model to fine-tune: its folder or Hugging Face id"
+    )
     prepare.add_argument("--validation", nargs="+", metavar="FILE", help="files that are the validation set")
     prepare.add_argument("--test", nargs="+", metavar="FILE", help="files that are the test set")
     prepare.add_argument("--recipe", type=Path, metavar="YAML", help="a corpus recipe")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # Format -> the prompt template that its models are spoken to in.
 _TEMPLATES = {"wyckoff": "kit-1", "compact": "crystal-text-llm", "cif": "cif-crystallm"}
+_TEMPLATES_OF_BASES = {**dict.fromkeys(("wyckoff", "cif", "xyz"), "words-1"), "compact": "crystal-text-llm"}
 
 
 # ---------------------------------------------------------------- verbs
@@ -197,8 +198,13 @@ def prepare(options: argparse.Namespace) -> int:
 
         _known("representation", options.format, REPRESENTATIONS)
         overrides.append(f"encoding.format={options.format}")
-        if options.format in _TEMPLATES:
-            overrides.append(f"encoding.template={_TEMPLATES[options.format]}")
+        templates = _TEMPLATES if options.tokenizer is None else _TEMPLATES_OF_BASES
+        if options.format in templates:
+            overrides.append(f"encoding.template={templates[options.format]}")
+    elif options.tokenizer is not None and options.recipe is None:
+        overrides.append("encoding.template=words-1")
+    if options.tokenizer is not None:
+        overrides.append(f"encoding.tokenizer={json.dumps(options.tokenizer)}")
     recipe = load_recipe(options.recipe, CorpusRecipe, (*overrides, *options.set))
     given = {"validation": options.validation, "test": options.test}
     inputs = {"train": options.inputs, **{split: paths for split, paths in given.items() if paths}}

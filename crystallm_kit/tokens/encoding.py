@@ -121,8 +121,6 @@ class EncodingRecipe:
     def __post_init__(self) -> None:
         if min(self.n_texts, self.n_whole_prompts) < 1:
             raise ValueError("n_texts and n_whole_prompts must be at least 1")
-        if self.tokenizer is None and self.new_tokens != "none":
-            raise ValueError("new_tokens extends a base model's 'tokenizer', and none is given")
         check_tasks(self.tasks, self.properties)
         focus = self.dropping.focus
         if focus is not None and focus not in PROPERTIES:
@@ -414,6 +412,11 @@ def check_pair(recipe: EncodingRecipe) -> None:
     if fitting and form not in fitting:
         raise UserError(
             f"encoding: template '{name}' asks for {' or '.join(fitting)}, the format is '{form}'. {_PAIRS}"
+        )
+    if recipe.tokenizer is None and recipe.new_tokens != "none":
+        raise UserError(
+            "encoding: new_tokens extends a base model's 'tokenizer', and none is given: a folder, or the "
+            "Hugging Face id of a model."
         )
     dialect = _DIALECT_OF_TEMPLATE.get(name)
     if dialect and (stated := recipe.format_settings.get("dialect", "v1")) != dialect:

@@ -19,10 +19,12 @@ from pymatgen.core.lattice import Lattice
 from pymatgen.core.structure import Structure
 from pymatgen.io.cif import CifWriter
 
+from crystallm_kit.cli import main
 from crystallm_kit.errors import EmptyInput, MissingExtra, ReadError, UserError
 from crystallm_kit.recipes import load_recipe
 from crystallm_kit.structures.augmentation import AugmentationRecipe
 from crystallm_kit.text.compact import CompactRepresentation
+from crystallm_kit.text.representation import REPRESENTATIONS
 from crystallm_kit.tokens.corpus import (
     CorpusRecipe,
     check_splits,
@@ -31,6 +33,7 @@ from crystallm_kit.tokens.corpus import (
     pack,
     prepare,
     print_report,
+    read_manifest,
     shards_of,
 )
 from crystallm_kit.tokens.drawing import (
@@ -406,3 +409,34 @@ def test_cif_rows_state_symmetry_and_cell_as_wyckoff_rows_do(corpus, halide_file
     columns = ("id", "split", "composition", "spacegroup_number", "cell_formula")
     facts = [[row[name] for name in columns] for row in rows(tmp_path / "cif")]
     assert facts == [[row[name] for name in columns] for row in rows(corpus[0])]
+
+
+@pytest.fixture(scope="module")
+def cif_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cifs")
+    for name, structure in halides()[:6]:
+        CifWriter(structure).write_file(folder / f"{name}.cif")
+    return folder
+
+
+@pytest.mark.parametrize("form", sorted(REPRESENTATIONS))
+def test_the_command_prepares_every_format_for_a_base_model(form, cif_folder, byte_level, tmp_path):
+    out = tmp_path / "out"
+    options = ["--set", "validation_fraction=0", "--set", "max_tokens=4096", "--out", str(out)]
+    asked = ["prepare", str(cif_folder), "--format", form, "--tokenizer", str(byte_level), *options]
+    assert main(asked) == 0
+    manifest = read_manifest(out)
+    template = "crystal-text-llm" if form == "compact" else "words-1"
+    assert manifest["recipe"]["encoding"]["template"] == template
+    assert manifest["info"]["vocabulary"]["n_base"] == manifest["info"]["vocabulary"]["size"]
+    tokenizer = load_tokenizer(out / "tokenizer")
+    for row in rows(out, "train"):
+        assert tokenizer.decode(row["texts"][0][:-1]) == row["text"]
+
+
+@pytest.mark.parametrize("form", ["compact", "xyz"])
+def test_without_a_tokenizer_the_command_says_which_pairs_work(form, cif_folder, tmp_path, capsys):
+    assert main(["prepare", str(cif_folder), "--format", form, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "Without a tokenizer: wyckoff with kit-1, cif with cif-crystallm. With one:" in said
+    assert not (tmp_path / "out").exists()

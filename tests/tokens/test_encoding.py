@@ -153,5 +153,16 @@ def test_a_missing_tokenizer_and_one_without_an_end_are_named(byte_level, tmp_pa
 
 
 def test_new_tokens_without_a_base_are_refused():
-    with pytest.raises(ValueError, match="new_tokens extends"):
-        EncodingRecipe(new_tokens="format")
+    with pytest.raises(UserError, match="new_tokens extends a base model's 'tokenizer', and none is given"):
+        check_pair(EncodingRecipe(new_tokens="format"))
+
+
+def test_crystallm_pis_prompts_ask_for_its_dialect():
+    settings = {"format": "cif", "template": "cif-crystallm-pi"}
+    with pytest.raises(UserError, match=r"asks for format_settings\.dialect 'pi', it is 'v1'"):
+        check_pair(EncodingRecipe(**settings))
+    encoder = CrystalEncoder(EncodingRecipe(**settings, format_settings={"dialect": "pi"}), seed=0)
+    encoded = encoder(PEROVSKITE)
+    assert encoded.prompts == [[]]
+    assert encoder.alphabet.tokens[encoded.texts[0][-1]] == "<eos>"
+    assert encoded.cell_formula == "Ba1 O3 Ti1"
