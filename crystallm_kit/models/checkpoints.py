@@ -349,7 +349,7 @@ def manifest_of(
         raise ModelError(f"{folder}: no {MANIFEST}; give the {missing} that it was trained with too.")
     settings = dict(format_settings or {})
     representation(format, **settings)
-    return Manifest({}, format, settings, template, template_named(template).hash, "", 0)
+    return Manifest({}, format, settings, template, template_named(template, format=format).hash, "", 0)
 
 
 def load_model_folder(

@@ -78,9 +78,7 @@ _PAIRS = (
     "Without a tokenizer: wyckoff with kit-1, cif with cif-crystallm. With one: compact with "
     "crystal-text-llm, wyckoff with kit-1, and every format with words-1."
 )
-_SAMPLE = Crystal(
-    "rock salt", Structure.from_spacegroup(225, Lattice.cubic(5.64), ["Na", "Cl"], [[0.0] * 3, [0.5] * 3])
-)
+_ADVICE = ". It may without new tokens: set new_tokens to none."
 _CIF_SYMMETRY = re.compile(
     r"data_(?P<formula>\w+)\n.*_symmetry_space_group_name_H-M +(?P<symbol>[^\n]+?) *\n", flags=re.DOTALL
 )
@@ -457,14 +455,20 @@ def write_tokenizer(recipe: EncodingRecipe, folder: str | Path) -> None:
 
 
 def check_round_trip(encoder: CrystalEncoder) -> None:
-    """Raise UserError if the tokenizer's tokens do not give back the text of a crystal."""
-    try:
-        encoder.cut(encoder.format.encode(_SAMPLE))
-    except ParseError as error:
-        raise UserError(
-            f"tokenizer '{encoder.recipe.tokenizer}' does not suit the format '{encoder.recipe.format}': "
-            f"{error}"
-        ) from error
+    """Raise UserError if a base tokenizer's tokens do not give back the texts of crystals of all elements."""
+    for first, second in zip(ELEMENTS[::2], ELEMENTS[1::2], strict=False):
+        structure = Structure(Lattice.cubic(3.4), [first, second], [[0.0] * 3, [0.5] * 3])
+        try:
+            text = encoder.format.encode(Crystal(f"{first}{second}", structure))
+        except EncodeError:
+            continue
+        try:
+            encoder.cut(text)
+        except ParseError as error:
+            raise UserError(
+                f"tokenizer '{encoder.recipe.tokenizer}' does not suit the format '{encoder.recipe.format}': "
+                f"{error}{_ADVICE if encoder.recipe.new_tokens == 'format' else '.'}"
+            ) from error
 
 
 def _new_alphabet(recipe: EncodingRecipe) -> Alphabet:

@@ -40,7 +40,8 @@ TOKENS = ENCODER.alphabet.tokens
 
 
 def sequences(crystals, encoder=ENCODER):
-    encoded = [encoder(crystal) for crystal in crystals]
+    known = {id(crystal): encoder(crystal) for crystal in {id(c): c for c in crystals}.values()}
+    encoded = [known[id(crystal)] for crystal in crystals]
     texts = Sequences.of([e.texts for e in encoded])
     return texts, Sequences.of([e.prompts for e in encoded], [e.prompt_kinds for e in encoded])
 

@@ -1,15 +1,21 @@
 """One crystal as token ids: by a base model's tokenizer as by the format's own, nothing is lost."""
 
 import json
+import os
+import shutil
+from itertools import islice
 from pathlib import Path
 
 import pytest
+from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Lattice, Structure
 
 from crystallm_kit.errors import ModelError, UserError
 from crystallm_kit.records import Crystal
+from crystallm_kit.structures.files import read
+from crystallm_kit.text.parsing import parse_completion
 from crystallm_kit.text.prompts import template_named
-from crystallm_kit.text.representation import representation
+from crystallm_kit.text.representation import REPRESENTATIONS, representation
 from crystallm_kit.tokens.encoding import (
     CrystalEncoder,
     EncodingRecipe,
@@ -139,6 +145,32 @@ def test_a_tokenizer_that_loses_the_text_is_refused_before_the_work(tmp_path):
     write_tokenizer(recipe, tmp_path / "wyckoff")
     with pytest.raises(UserError, match=r"does not suit the format 'compact'.*the text has"):
         check_round_trip(encoder_of(tmp_path / "wyckoff", tmp_path))
+
+
+def test_where_new_tokens_lose_the_text_the_message_says_to_do_without(sentence_piece, tmp_path):
+    """A step that puts a blank before every stretch, inside a sequence of steps, is left as it is."""
+    base = tmp_path / "base"
+    shutil.copytree(sentence_piece, base)
+    state = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
+    step = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+    state |= {"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [step]}}
+    (base / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
+    check_round_trip(encoder_of(base, tmp_path / "plain"))
+    with pytest.raises(UserError, match="set new_tokens to none"):
+        check_round_trip(encoder_of(base, tmp_path / "extended", new_tokens="format"))
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif("CRYSTALLM_KIT_DATA" not in os.environ, reason="CRYSTALLM_KIT_DATA names no data folder")
+@pytest.mark.parametrize("form", sorted(REPRESENTATIONS))
+def test_ids_of_real_crystals_are_read_back_as_the_same_crystals(form, base, tmp_path):
+    crystals = list(islice(read(Path(os.environ["CRYSTALLM_KIT_DATA"]) / "mp_val.parquet"), 30))
+    encoder = encoder_of(base, tmp_path, format=form, template="words-1", new_tokens="format")
+    tokenizer, matcher = load_tokenizer(tmp_path / "tokenizer"), StructureMatcher()
+    for crystal in crystals:
+        found = parse_completion(tokenizer.decode(encoder(crystal).texts[0][:-1]), encoder.format)
+        assert isinstance(found, Crystal), found
+        assert matcher.fit(found.structure, crystal.structure)
 
 
 def test_a_missing_tokenizer_and_one_without_an_end_are_named(byte_level, tmp_path, monkeypatch):
