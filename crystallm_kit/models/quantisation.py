@@ -77,4 +77,5 @@ def random_quantised(model: Any, quantisation: Any, device: torch.device) -> Any
         del value._is_hf_initialized  # bitsandbytes hands on a weight's attributes as arguments
     model.tie_weights()
     quantiser.postprocess_model(model)
+    model.hf_quantizer = quantiser  # as from_pretrained leaves it; transformers' Trainer asks for it
     return model
