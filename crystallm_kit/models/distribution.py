@@ -1,8 +1,9 @@
-"""How a run is spread over processes: one, data parallel (DDP), or sharded (FSDP2).
+"""How a run is spread over processes: one, data parallel (DDP), sharded (FSDP2), or under DeepSpeed (ZeRO).
 
     distribution = Distribution(sharding="fsdp")          # under torchrun, srun or accelerate launch
     loss = distribution.spread(SummedLoss(model, ...), layers)
-    distribution.backward(loss(*batch), loss, is_last=True)
+    distribution.backward(loss(*batch), loss, n_targets, is_last=True)
+    norm = distribution.update(optimizer, weights, largest=1.0)
 
 DDP keeps all weights on every GPU and adds up gradients. FSDP2 keeps a share of each weight on every GPU and
 gathers a layer when it is computed, so that a model larger than one GPU trains; the main process alone holds
@@ -24,6 +25,7 @@ import torch
 from torch import nn
 
 from crystallm_kit.errors import ModelError
+from crystallm_kit.models.zero import Zero
 
 Sharding = Literal["none", "fsdp"]
 
@@ -50,6 +52,8 @@ class Distribution:
         self.is_main: bool = self.accelerator.is_main_process
         wanted = sharding == "fsdp" or self.accelerator.distributed_type == DistributedType.FSDP
         self.is_sharded = wanted and self.world > 1
+        self._is_zero = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        self.zero: Zero | None = None
 
     def spread(self, loss: nn.Module, layers: Iterable[nn.Module], *, bfloat16: bool) -> nn.Module:
         """Return the loss module for this process; call it before the optimizer takes the weights.
@@ -63,6 +67,8 @@ class Distribution:
         Raises:
             ModelError: If processes hold models of other shapes.
         """
+        if self._is_zero:
+            return loss
         if not self.is_sharded:
             return self.accelerator.prepare_model(loss) if self.world > 1 else loss
         from torch.distributed.device_mesh import init_device_mesh
@@ -78,6 +84,21 @@ class Distribution:
             self._deal_out(module)
             fully_shard(module, **settings)
         return loss
+
+    def take_optimizer(self, loss: nn.Module, optimizer: torch.optim.Optimizer, largest: float) -> nn.Module:
+        """Return the loss module to call, after DeepSpeed, where it is used, has taken the optimizer.
+
+        Args:
+            loss: What `spread` returned.
+            optimizer: Of its weights.
+            largest: Norm of the gradient; `update` is given the same.
+        """
+        if not self._is_zero:
+            return loss
+        settings = self.accelerator.state.deepspeed_plugin.deepspeed_config
+        self.zero = Zero(loss, optimizer, settings, largest)
+        engine: nn.Module = self.zero.engine
+        return engine
 
     def _check_alike(self, loss: nn.Module) -> None:
         shapes = [(name, tuple(w.shape), str(w.dtype)) for name, w in _tensors(loss)]
@@ -109,16 +130,19 @@ class Distribution:
 
         Args:
             summed: Sum of the negative log-likelihoods of this pass.
-            loss: What `spread` returned.
+            loss: What `take_optimizer` returned.
             n_targets: Of the whole step, over all processes.
             is_last: Whether this is the step's last pass.
         """
+        share = summed * (self.world / n_targets)  # processes take the mean; what is wanted is the sum
+        if self.zero:
+            self.zero.backward(share, is_last=is_last)
+            return
         if self.is_sharded:
             loss.set_requires_gradient_sync(is_last)  # type: ignore[operator]
         waits = self.world == 1 or self.is_sharded or is_last
         with contextlib.nullcontext() if waits else self.accelerator.no_sync(loss):
-            # processes take the mean of their gradients; what is wanted is their sum
-            (summed * (self.world / n_targets)).backward()  # type: ignore[no-untyped-call]
+            share.backward()  # type: ignore[no-untyped-call]
 
     def forget_gathered(self, loss: nn.Module) -> None:
         """Let go of weights that a forward pass without a backward pass has left whole.
@@ -128,9 +152,16 @@ class Distribution:
         if self.is_sharded:
             loss.reshard()  # type: ignore[operator]
 
-    def clip(self, weights: list[torch.Tensor], largest: float) -> torch.Tensor:
-        """Scale the gradients down to a norm of at most `largest`; return the norm that they had."""
-        return full(nn.utils.clip_grad_norm_(weights, largest))
+    def update(
+        self, optimizer: torch.optim.Optimizer, weights: list[torch.Tensor], largest: float
+    ) -> torch.Tensor:
+        """Scale the gradient to a norm of at most `largest`, step, forget it; return the norm that it had."""
+        if self.zero:
+            return self.zero.step()
+        norm = full(nn.utils.clip_grad_norm_(weights, largest))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum over processes."""

@@ -12,7 +12,7 @@ Not here: when to step, validate, save and stop (training.py); what a base is (b
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ class Learner:
         decay = recipe.ema_decay
         self.averages = {n: w.detach().clone() for n, w in self.weights.items()} if decay else {}
         self.optimizer = self._optimizer()
+        self.loss = distribution.take_optimizer(self.loss, self.optimizer, recipe.optimizer.gradient_clip)
         self._n_steps = 0
         torch.manual_seed(recipe.seed + 1_000_003 * distribution.rank)
 
@@ -137,9 +138,8 @@ class Learner:
             summed = self.loss(*batch)
             self.distribution.backward(summed, self.loss, n_targets, is_last=i == len(batches) - 1)
             total += summed.detach()
-        norm = self.distribution.clip(list(self.weights.values()), self.recipe.optimizer.gradient_clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        clip = self.recipe.optimizer.gradient_clip
+        norm = self.distribution.update(self.optimizer, list(self.weights.values()), clip)
         self._n_steps += 1
         if self.averages:
             decay = min(self.recipe.ema_decay, self._n_steps / (self._n_steps + 10))
@@ -177,7 +177,10 @@ class Learner:
     # -- checkpoints
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Return everything that a resumed run needs, by name; the tensors themselves, to read or to fill."""
+        """Return everything that a resumed run needs, by name, to read or to fill; `filled` follows.
+
+        Under DeepSpeed moments are copies, put together from all processes; every process has to call it.
+        """
         found = {f"weight {name}": weight.detach() for name, weight in self.weights.items()}
         found |= {f"average {name}": average for name, average in self.averages.items()}
         for name, weight in self.weights.items():
@@ -185,12 +188,18 @@ class Learner:
                 found[f"{key} {name}"] = value
         return found
 
-    def resumed(self, n_steps: int) -> None:
-        """Note how many steps the weights have behind them, after `tensors` were filled."""
+    def filled(self, tensors: Mapping[str, torch.Tensor], n_steps: int) -> None:
+        """Go on from what was filled into `tensors`, the state after so many steps."""
         self._n_steps = n_steps
+        if self.distribution.zero:
+            for name, weight in self.weights.items():
+                moments = {key: tensors[f"{key} {name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                self.distribution.zero.restore(weight, moments)
 
     def _moments(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return AdamW's state of a weight, as zeros before its first step."""
+        if self.distribution.zero:
+            return self.distribution.zero.moments(weight)
         state: dict[str, torch.Tensor] = self.optimizer.state[weight]
         if not state:
             place = self.device if self.optimizer.defaults["fused"] else "cpu"

@@ -13,6 +13,7 @@ Not here: what is in a run's state (training.py), the finished model's folder (c
 
 import errno
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,9 @@ def read_tensors(folder: Path, facts: dict[str, Any], tensors: dict[str, torch.T
     if "tensors" not in facts:
         from torch.distributed.checkpoint.state_dict_loader import load
 
-        load(tensors, checkpoint_id=folder)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process, on purpose
+            load(tensors, checkpoint_id=folder)
         return
     for name, tensor in tensors.items():
         copy_whole(tensor, facts["tensors"][name])

@@ -404,13 +404,14 @@ class _Run:
         folder, facts = self.state
         self.state = None
         try:
-            read_tensors(folder, facts, self.learner.tensors())
+            tensors = self.learner.tensors()
+            read_tensors(folder, facts, tensors)
         except KeyError as error:
             raise RecipeError(
                 f"{folder}: holds other weights than this recipe trains: no {error}. Name another folder."
             ) from error
         self.progress = _Progress(**facts["progress"])
-        self.learner.resumed(self.progress.step)
+        self.learner.filled(tensors, self.progress.step)
         random = facts["random"]
         rank, device = self.distribution.rank, self.distribution.device
         if rank < len(random):
@@ -545,9 +546,9 @@ class _Run:
             )
             losses.append(float(self.distribution.sum(loss)))
         with torch.no_grad():
-            for name, tensor in learner.tensors().items():
+            for name, tensor in (tensors := learner.tensors()).items():
                 tensor.copy_(before[name])
-        learner.resumed(0)
+        learner.filled(tensors, 0)
         torch.set_rng_state(random)
         if problem := preflight.judge_overfit(losses, self.recipe):
             raise TrainingError(f"{self.out}: {problem}")
