@@ -215,7 +215,7 @@ class Learner:
         recipe = self.recipe
         whole: dict[str, torch.Tensor] | None = None
         if self.distribution.is_sharded:
-            whole = whole_on_main(dict(self.model.state_dict()), self.distribution)
+            whole = whole_on_main(dict(self.model.state_dict(keep_vars=True)), self.distribution)
         if not self.distribution.is_main:
             return
         before = self.model.config._attn_implementation

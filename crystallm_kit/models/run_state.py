@@ -136,13 +136,16 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def whole_on_main(weights: dict[str, torch.Tensor], distribution: Distribution) -> dict[str, torch.Tensor]:
-    """Return copies of weights, whole and on the CPU; empty on other processes. Every process calls it."""
-    whole: dict[str, torch.Tensor] = {}
-    for name, weight in weights.items():
+    """Return copies of weights, whole and on the CPU; empty on other processes. Every process calls it.
+
+    What is one tensor under two names (tied embeddings) is one copy under both.
+    """
+    copies: dict[int, torch.Tensor] = {}
+    for weight in {id(weight): weight for weight in weights.values()}.values():
         gathered = full(weight.detach())
         if distribution.is_main:
-            whole[name] = gathered.to("cpu", copy=True)
-    return whole
+            copies[id(weight)] = gathered.to("cpu", copy=True)
+    return {name: copies[id(weight)] for name, weight in weights.items()} if copies else {}
 
 
 def _writing(folder: Path) -> Path:
