@@ -185,7 +185,7 @@ class Layout:
     @property
     def groups_per_step(self) -> int:
         """Return the packs of a step: a multiple of the number of processes."""
-        per_process = max(1, round(self.batch_tokens / self.micro_tokens / self.n_processes))
+        per_process = -(-self.batch_tokens // (self.micro_tokens * self.n_processes))
         return per_process * self.n_processes
 
     @property
