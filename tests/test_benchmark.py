@@ -184,3 +184,36 @@ def test_facts_are_the_elements_and_largest_cell_of_the_training_crystals(target
     (tmp_path / "empty").mkdir()
     with pytest.raises(EmptyInput, match="no training crystals"):
         benchmark.write_facts(tmp_path / "empty", tmp_path)
+
+
+# ---------------------------------------------------------------- bulk moduli (see test_conditioned.py too)
+
+EMT = "ase.calculators.emt:EMT"
+
+
+def test_the_command_prints_how_measured_bulk_moduli_agree_with_known_ones(tmp_path, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    metals = {
+        "Cu": (3.61, 140.0),
+        "Al": (4.05, 76.0),
+        "Ag": (4.09, 101.0),
+        "Au": (4.08, 173.0),
+    }  # Kittel, GPa
+    cifs = [
+        Structure.from_spacegroup(225, Lattice.cubic(a), [e], [[0, 0, 0]]) for e, (a, _) in metals.items()
+    ]
+    table = {"cif": [s.to(fmt="cif") for s in cifs], "bulk_modulus_gpa": [k for _, k in metals.values()]}
+    pq.write_table(pa.table(table), tmp_path / "metals.parquet")
+    assert benchmark.main(["bulk-modulus", str(tmp_path / "metals.parquet"), "--potential", EMT]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["potential"], found["crystals"], found["measured"]) == (EMT, 4, 4)
+    assert found["spearman"] > 0.7
+
+
+def test_targets_that_are_no_numbers_are_refused(tmp_path):
+    with pytest.raises(UserError, match="--targets '50,stiff': expected numbers"):
+        benchmark.main(
+            ["conditioned", "--adapter", "bulk-modulus", "--targets", "50,stiff", "--out", str(tmp_path)]
+        )
