@@ -164,8 +164,6 @@ def memory_estimate(
     trained = 4.0 * counts.trained
     gradients = trained / (ranks if sharding in ("fsdp", "zero2", "zero3") else 1)
     passes = layout.groups_per_step // layout.n_processes
-    if sharding == "fsdp" and passes > 1 and n_processes > 1:
-        gradients += trained  # FSDP2 adds up whole gradients until the pass that exchanges them
     compiled = _COMPILED_LORA if facts.is_lora else _COMPILED
     kept = traced.kept * (compiled if facts.is_compiled else 1.0)
     if passes == 1 and layout.packed:

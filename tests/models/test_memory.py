@@ -207,13 +207,14 @@ def test_logits_are_counted_where_there_are_labels_only():
 
 
 @pytest.mark.slow
-def test_fsdp_shares_weights_and_moments_and_pays_for_passes_that_do_not_exchange():
+def test_fsdp_shares_weights_moments_and_gradients_however_many_passes_a_step_has():
     one = estimate(LLAMA_3_8B, FULL)
     spread = estimate(LLAMA_3_8B, FULL, n_processes=8, sharding="fsdp", batch=16_384)
     assert item(spread, "trained") == pytest.approx(item(one, "trained") / 8)
     assert item(spread, "AdamW") == pytest.approx(item(one, "AdamW") / 8)
     several = estimate(LLAMA_3_8B, FULL, n_processes=8, sharding="fsdp", batch=65_536)
-    assert item(several, "gradients") > item(one, "gradients") > 8 * item(spread, "gradients") - 1
+    assert item(several, "gradients") == pytest.approx(item(several, "trained"))
+    assert item(several, "gradients") >= item(spread, "gradients")
     ddp = estimate(LLAMA_3_8B, FULL, n_processes=8)
     assert item(ddp, "trained") == item(one, "trained")
 
