@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a closed pipe shows here, not at exit
         return code
     except (UserError, MissingExtra) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        if _is_first_to_tell():
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -51,6 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # a full disk, a folder without permission
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 1
+
+
+def _is_first_to_tell() -> bool:
+    """Tell whether no other process of a run on several GPUs has told of an error."""
+    if "RANK" not in os.environ:  # the launcher sets it
+        return True
+    from crystallm_kit.models.distribution import is_first_to_tell
+
+    return is_first_to_tell()
 
 
 def _silence_libraries() -> None:
