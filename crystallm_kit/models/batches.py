@@ -132,13 +132,15 @@ class Group:
         rows: Indices of examples; -1 is padding: (B,) int64, or (S,) when packed.
         n_positions: T of each row, or of the one packed row.
         lengths: Packed: positions of each sequence, those of the padding at the end included: (S,) int64,
-            with the
-            sum n_positions. None: padded.
+            with the sum n_positions. None: padded.
+        longest: Packed: no sequence of the epoch has more positions. The flash kernel visits so many for
+            every sequence, also for empty ones.
     """
 
     rows: np.ndarray
     n_positions: int
     lengths: np.ndarray | None = None
+    longest: int = 0
 
     @property
     def n_padded(self) -> int:
@@ -245,36 +247,36 @@ class Layout:
     def _packs(self, rows: np.ndarray, n_inputs: np.ndarray) -> Iterator[tuple[int, int, tuple[Group, ...]]]:
         ends = np.cumsum(n_inputs)
         n_packs = -(-int(ends[-1]) // max(1, self.pack_positions - int(n_inputs.max())))
+        longest = -(-int(n_inputs.max()) // 128) * 128
+        # alike for all packs, so that one compiled graph serves them; a fifth more than an even pack has
+        most = 1.2 * self.pack_positions * len(rows) / int(ends[-1]) + 1
+        n_sequences = -(-(int(most) + -(-self.pack_positions // longest)) // 256) * 256
         while (
             True
         ):  # even cuts, so that the last pack is no remainder; each overshoots by one example at most
             cuts = np.searchsorted(ends, ends[-1] * np.arange(1, n_packs) / n_packs, side="right")
             bounds = np.unique(np.concatenate(([0], cuts, [len(rows)])))
-            if np.diff(bounds).max() <= self._most_sequences:
+            if np.diff(bounds).max() <= most:
                 break
             n_packs += 1
         n_packs = len(bounds) - 1
         n_steps = max(1, round(n_packs / self.groups_per_step))
         for part in np.array_split(np.arange(n_packs), n_steps):
             spans = [(int(bounds[i]), int(bounds[i + 1])) for i in part]
-            groups = [self._pack(rows[a:b], n_inputs[a:b]) for a, b in spans]
+            groups = [self._pack(rows[a:b], n_inputs[a:b], n_sequences, longest) for a, b in spans]
             while len(groups) % self.n_processes:
-                groups.append(self._pack(rows[:0], n_inputs[:0]))
+                groups.append(self._pack(rows[:0], n_inputs[:0], n_sequences, longest))
             yield spans[0][0], spans[-1][1], tuple(groups)
 
-    @property
-    def _most_sequences(self) -> int:
-        return max(self.pack_positions // 16, 1)
-
-    def _pack(self, rows: np.ndarray, n_inputs: np.ndarray) -> Group:
+    def _pack(self, rows: np.ndarray, n_inputs: np.ndarray, n_sequences: int, longest: int) -> Group:
         """Return a pack of fixed shape; the rest of it is cut into sequences of padding, then empty ones."""
         left = self.pack_positions - int(n_inputs.sum())
-        n_padding = self._most_sequences + -(-self.pack_positions // self.max_length) - len(rows)
-        padding = np.clip(left - self.max_length * np.arange(n_padding), 0, self.max_length)
+        padding = np.clip(left - longest * np.arange(n_sequences - len(rows)), 0, longest)
         return Group(
-            np.concatenate((rows, np.full(n_padding, -1, dtype=np.int64))),
+            np.concatenate((rows, np.full(len(padding), -1, dtype=np.int64))),
             self.pack_positions,
             np.concatenate((n_inputs, padding)),
+            longest,
         )
 
 
@@ -327,12 +329,14 @@ class Batch(NamedTuple):
             loss.
         positions: (1, T) int64: of each token in its crystal.
         borders: Packed: where crystals begin and end, (S + 1,) int32. None: padded.
+        longest: Packed: no crystal of the epoch has more positions.
     """
 
     inputs: torch.Tensor
     labels: torch.Tensor
     positions: torch.Tensor
     borders: torch.Tensor | None
+    longest: int = 0
 
 
 class DeviceExamples:
@@ -374,7 +378,7 @@ class DeviceExamples:
         inputs = torch.where(real, self.tokens[index], self.pad_token_id).long()
         paid = real & (positions >= self.first_targets[sequence_rows])
         labels = torch.where(paid, self.tokens[index + 1], IGNORED).long()
-        return Batch(inputs, labels, positions.long(), borders)
+        return Batch(inputs, labels, positions.long(), borders, group.longest)
 
     def _put(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

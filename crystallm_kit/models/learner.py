@@ -99,7 +99,7 @@ class Learner:
         if recipe.residual_dropout:
             add_residual_dropout(self.model, recipe.residual_dropout)
         is_bfloat16 = _is_bfloat16(recipe, self.device)
-        loss = SummedLoss(self.model, self.device.type, layout.max_length, bfloat16=is_bfloat16)
+        loss = SummedLoss(self.model, self.device.type, bfloat16=is_bfloat16)
         if recipe.neftune_alpha:
             add_noise(loss, recipe.neftune_alpha)
         is_quantised = recipe.base is not None and recipe.base.quantisation != "none"

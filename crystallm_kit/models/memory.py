@@ -530,7 +530,7 @@ def _follow(
         model.train()
         known = [*model.parameters(), *model.buffers()]
         known += [p.grad for p in model.parameters() if p.grad is not None]
-        loss = SummedLoss(model, "cpu", layout.max_length, bfloat16=is_bfloat16)
+        loss = SummedLoss(model, "cpu", bfloat16=is_bfloat16)
         inputs = torch.zeros(shape, dtype=torch.int64)
         positions = torch.arange(shape[1])[None]
         live = LiveBytes(known, labelled_share)

@@ -1,7 +1,6 @@
 """The training loss of any transformers causal LM, in both layouts of batches.py.
 
-    SummedLoss(model, ...)(inputs, labels, positions, borders) -> sum of the negative log-likelihoods, in
-    nats
+    SummedLoss(model, ...)(*batch) -> sum of the negative log-likelihoods, in nats
 
 The model stays what it is: attention is exchanged through transformers' table of attention functions, dropout
 on the residual stream is a hook.
@@ -94,11 +93,10 @@ class SummedLoss(nn.Module):
         borders: Of the batch under way; for hooks (add_noise).
     """
 
-    def __init__(self, model: nn.Module, device_type: str, longest: int, *, bfloat16: bool) -> None:
+    def __init__(self, model: nn.Module, device_type: str, *, bfloat16: bool) -> None:
         super().__init__()
         self.model = model
         self.device_type = device_type
-        self.longest = longest
         self.is_bfloat16 = bfloat16
         self.borders: torch.Tensor | None = None
         if bfloat16:
@@ -114,10 +112,11 @@ class SummedLoss(nn.Module):
         labels_BT: torch.Tensor,
         positions_1T: torch.Tensor,
         borders: torch.Tensor | None,
+        longest: int = 0,
     ) -> torch.Tensor:
-        """Return the sum over the labelled positions."""
+        """Return the sum over the labelled positions; the arguments are those of batches.Batch."""
         self.borders = borders
-        given: dict[str, Any] = {} if borders is None else {"borders": borders, "longest": self.longest}
+        given: dict[str, Any] = {} if borders is None else {"borders": borders, "longest": longest}
         if self.is_large:
             kept_K = (labels_BT != IGNORED).any(0).nonzero().squeeze(1)
             given["logits_to_keep"] = kept_K

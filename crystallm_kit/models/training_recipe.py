@@ -20,7 +20,8 @@ class DataRecipe:
 
     Attributes:
         corpus: A prepared corpus: its folder or its .npz file (batches.open_source).
-        inputs: Crystal files and folders to prepare a corpus from, into the run's folder; instead of `corpus`.
+        inputs: Crystal files and folders to prepare a corpus from, into the run's folder; instead of
+            `corpus`.
         validation: The same for the validation set; none: a share of the inputs, as the corpus recipe says.
         corpus_recipe: How to prepare them: a finetune/corpus-*.yaml; None: the defaults of CorpusRecipe.
         tokenizer: Folder whose tokenizer goes into the model folder; None: the corpus folder's own.
@@ -99,8 +100,8 @@ class TrainingRecipe:
         export: Weights of the model folder: of the best validation, or the last.
         export_dtype: Of the weights on disk.
         export_shard_mb: Largest weights file, in 1e6 bytes.
-        neftune_alpha: Noise on the embeddings in training, uniform, of size alpha / sqrt(tokens x width) (Jain
-            et al. 2023, arXiv:2310.05914); 0: none.
+        neftune_alpha: Noise on the embeddings in training, uniform, of size alpha / sqrt(tokens x width)
+            (Jain et al. 2023, arXiv:2310.05914); 0: none.
         overfit_check: Steps on one batch before the run, which must bring its loss down; 0: none.
         sample_every: Steps between looks at samples: `samples` of them are generated and judged; None: never.
         samples: How many.

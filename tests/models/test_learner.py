@@ -49,7 +49,7 @@ def test_a_large_vocabulary_has_the_loss_and_gradient_of_a_small_one(toy, packed
 
     def summed() -> tuple[torch.Tensor, torch.Tensor]:
         toy.zero_grad()
-        loss = sum(SummedLoss(toy, "cpu", 64, bfloat16=False)(*batch) for batch in batches(packed))
+        loss = sum(SummedLoss(toy, "cpu", bfloat16=False)(*batch) for batch in batches(packed))
         loss.backward()
         return loss.detach(), toy.model.embed_tokens.weight.grad.clone()
 
@@ -66,7 +66,7 @@ def test_a_batch_without_labels_has_no_loss_and_a_gradient_of_zero(toy, monkeypa
     monkeypatch.setattr(training_loss, "_LARGE_VOCABULARY", 16)
     batch = batches(False)[0]
     empty = batch._replace(labels=torch.full_like(batch.labels, training_loss.IGNORED))
-    loss = SummedLoss(toy, "cpu", 64, bfloat16=False)(*empty)
+    loss = SummedLoss(toy, "cpu", bfloat16=False)(*empty)
     loss.backward()
     assert loss.item() == 0
     assert not toy.lm_head.weight.grad.any()
@@ -75,7 +75,7 @@ def test_a_batch_without_labels_has_no_loss_and_a_gradient_of_zero(toy, monkeypa
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 def test_noise_on_the_embedding_is_uniform_and_shrinks_with_length_and_width(toy, packed):
     """NEFTune: of size alpha / sqrt(length x width), with each crystal's own length where rows are packed."""
-    loss = SummedLoss(toy, "cpu", 64, bfloat16=False)
+    loss = SummedLoss(toy, "cpu", bfloat16=False)
     add_noise(loss, 5.0)
     batch = batches(packed)[0]
     loss.borders = batch.borders

@@ -74,7 +74,7 @@ def real_peak(config, recipe: TrainingRecipe, layout: Layout) -> int:
     model.config._attn_implementation = "test_memory"
     if recipe.residual_dropout:
         add_residual_dropout(model, recipe.residual_dropout)
-    loss = SummedLoss(model.train(), "cpu", layout.max_length, bfloat16=False)
+    loss = SummedLoss(model.train(), "cpu", bfloat16=False)
     rows, positions = shape_of_pass(layout)
     tokens = torch.randint(0, 100, (rows, positions))
     with LiveBytes([*model.parameters(), *model.buffers()]) as live:

@@ -307,7 +307,7 @@ def toy_loss(
     model.config._attn_implementation = "crystallm_kit_training"
     if dropout:
         add_residual_dropout(model, dropout)
-    loss = SummedLoss(model, "cpu", 64, bfloat16=False)
+    loss = SummedLoss(model, "cpu", bfloat16=False)
     layout = Layout(512, 512, 64, loss_on_prompt=False, packed=packed)
     device = DeviceExamples(examples, torch.device("cpu"), pad_token_id=0, loss_on_prompt=False)
     total = torch.zeros(())
