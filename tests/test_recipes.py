@@ -17,7 +17,7 @@ from crystallm_kit.tokens.corpus import CorpusRecipe
 ROOT = Path(__file__).parents[1]
 # Pattern of recipes -> what they are.
 SHIPPED = {
-    "finetune/llama-*.yaml": TrainingRecipe,
+    "finetune/llama*.yaml": TrainingRecipe,
     "finetune/shipped-*.yaml": TrainingRecipe,
     "finetune/corpus-*.yaml": CorpusRecipe,
 }

@@ -12,6 +12,7 @@ Not here: what is in a run's state (training.py), the finished model's folder (c
 """
 
 import errno
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -78,7 +79,10 @@ def read_facts(folder: Path) -> dict[str, Any]:
     Raises:
         OSError, RuntimeError, EOFError, ValueError: If it cannot be read.
     """
-    found: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    try:
+        found: dict[str, Any] = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{folder / STATE} cannot be read as plain values and tensors") from error
     return found
 
 
