@@ -23,6 +23,7 @@ import contextlib
 import copy
 import importlib.util
 import json
+import math
 import re
 import shutil
 import warnings
@@ -64,7 +65,11 @@ class LoraRecipe:
         dora: Direction and size of each weight apart (Liu et al. 2024, arXiv:2402.09353).
         rslora: Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732).
         train_tokens: Regular expression. Embedding rows of the base's tokens that match it as a whole train
-            too: those of words that stood in none of its training texts. None: only rows of new tokens.
+            too. None: only rows of new tokens.
+        fresh_tokens: The same, and their rows start anew: those of numbers ("150.") as a smooth function of
+            the number's logarithm, so that near numbers begin alike, others at random. For tokens that stood
+            in none of the base's training texts: where input and output share their rows, training has pushed
+            all of those to one and the same vector.
     """
 
     rank: int = 16
@@ -74,13 +79,14 @@ class LoraRecipe:
     dora: bool = False
     rslora: bool = False
     train_tokens: str | None = None
+    fresh_tokens: str | None = None
 
     def __post_init__(self) -> None:
-        if self.train_tokens is not None:
+        for name in ("train_tokens", "fresh_tokens"):
             try:
-                re.compile(self.train_tokens)
+                re.compile(getattr(self, name) or "")
             except re.error as error:
-                raise ValueError(f"'train_tokens' is no regular expression: {error}") from error
+                raise ValueError(f"'{name}' is no regular expression: {error}") from error
         if self.rank < 1:
             raise ValueError(f"'rank' must be at least 1, got {self.rank}; method: full trains all weights")
         if not 0 <= self.dropout < 1:
@@ -501,6 +507,8 @@ def _with_lora(model: Any, recipe: BaseRecipe, vocabulary: VocabularyInfo) -> An
     from transformers.pytorch_utils import Conv1D
 
     lora, targets = recipe.lora, recipe.lora.target_modules
+    train, fresh = named_tokens(recipe)
+    _start_anew(model, fresh)
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -509,7 +517,7 @@ def _with_lora(model: Any, recipe: BaseRecipe, vocabulary: VocabularyInfo) -> An
         use_dora=lora.dora,
         use_rslora=lora.rslora,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        trainable_token_indices=_trained_rows(model, recipe, vocabulary),
+        trainable_token_indices=_trained_rows(model, {*train, *fresh}, vocabulary),
         task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
@@ -523,35 +531,60 @@ def _with_lora(model: Any, recipe: BaseRecipe, vocabulary: VocabularyInfo) -> An
     return adapted
 
 
-def named_tokens(recipe: BaseRecipe) -> list[int]:
-    """Return the ids of the base's tokens that `lora.train_tokens` names.
+def named_tokens(recipe: BaseRecipe) -> tuple[dict[int, str], dict[int, str]]:
+    """Return the base's tokens that `lora.train_tokens` and `lora.fresh_tokens` name, by their ids.
 
     Raises:
-        RecipeError: If it names none.
+        RecipeError: If one of them names none.
         ModelError: If the base has no tokenizer.
     """
     from transformers import AutoTokenizer
 
-    pattern = recipe.lora.train_tokens
-    if pattern is None:
-        return []
+    patterns = {"train_tokens": recipe.lora.train_tokens, "fresh_tokens": recipe.lora.fresh_tokens}
+    if not any(patterns.values()):
+        return {}, {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(base_source(recipe.name), revision=recipe.revision)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"base model '{recipe.name}': no tokenizer, and base.lora.train_tokens names tokens: "
-            f"{_first_line(error)}"
+            f"base model '{recipe.name}': no tokenizer, and base.lora names tokens: {_first_line(error)}"
         ) from error
-    ids = sorted(int(i) for token, i in tokenizer.get_vocab().items() if re.fullmatch(pattern, token))
-    if not ids:
-        raise RecipeError(f"base.lora.train_tokens '{pattern}': no token of '{recipe.name}' matches it.")
-    return ids
+    found = []
+    for name, pattern in patterns.items():
+        vocabulary = tokenizer.get_vocab() if pattern else {}
+        ids = {int(i): str(t) for t, i in vocabulary.items() if re.fullmatch(str(pattern), t)}
+        if pattern and not ids:
+            raise RecipeError(f"base.lora.{name} '{pattern}': no token of '{recipe.name}' matches it.")
+        found.append(ids)
+    return found[0], found[1]
 
 
-def _trained_rows(model: Any, recipe: BaseRecipe, vocabulary: VocabularyInfo) -> dict[str, list[int]] | None:
+@torch.no_grad()
+def _start_anew(model: Any, tokens: Mapping[int, str]) -> None:
+    """Give input rows of tokens new values, of the size that rows have; see LoraRecipe.fresh_tokens."""
+    if not tokens:
+        return
+    weight = model.get_input_embeddings().weight
+    width = weight.shape[1]
+    frequencies, phases = _SHARPNESS * torch.randn(width, device="cpu"), torch.rand(width, device="cpu")
+    rows = torch.randn((len(tokens), width), device="cpu")
+    for row, token in zip(rows, tokens.values(), strict=True):
+        if re.fullmatch(r"\d+\.?", token):
+            # + 5: 2 and 3 need not be as far apart as 200 and 300
+            logarithm = math.log(float(token) + 5)
+            row.copy_(2**0.5 * torch.cos(frequencies * logarithm + 2 * math.pi * phases))
+    size = weight.float().norm(dim=1).median() / width**0.5
+    weight[list(tokens)] = (rows.to(weight.device) * size).to(weight.dtype)
+
+
+# Of the waves that numbers' first rows are made of: numbers a factor of 2 apart still look half alike.
+_SHARPNESS = 2.0
+
+
+def _trained_rows(model: Any, named: set[int], vocabulary: VocabularyInfo) -> dict[str, list[int]] | None:
     """Return the rows that train, by the name of their layer; tied layers share those of the input."""
     new = [] if vocabulary.n_base is None else range(vocabulary.n_base, vocabulary.size)
-    rows = sorted({*named_tokens(recipe), *new})
+    rows = sorted({*named, *new})
     if not rows:
         return None
     layers = [model.get_input_embeddings()]

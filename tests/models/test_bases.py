@@ -436,6 +436,36 @@ def test_tokens_that_the_base_does_not_have_are_refused_before_any_weights():
     assert "no token of 'shipped' matches it" in refusal(unknown, RecipeError)
     with pytest.raises(ValueError, match="'train_tokens' is no regular expression"):
         LoraRecipe(train_tokens="(")
+    with pytest.raises(ValueError, match="'fresh_tokens' is no regular expression"):
+        LoraRecipe(fresh_tokens="(")
+
+
+def test_fresh_rows_tell_numbers_apart_that_the_base_does_not():
+    """150 and 400 have one and the same row in the shipped model, which met neither; LoRA on that row learns
+    to ask for stiff crystals, but not how stiff."""
+    same = VocabularyInfo(1092, None, 0)
+    before = load_base(recipe("shipped"), same, device="cpu", seed=1).get_input_embeddings().weight.detach()
+    first = 471  # id of "0."
+    assert torch.cosine_similarity(before[first + 150], before[first + 400], dim=0) > 0.99
+    lora = {"rank": 2, "train_tokens": r"\d\.", "fresh_tokens": r"bulk_modulus=|(1[3-9]\d|[2-4]\d\d)\."}
+    model = load_base(recipe("shipped", lora=lora), same, device="cpu", seed=1)
+    rows = model.get_input_embeddings()(torch.arange(1092)).detach()
+
+    def alike(a: int, b: int) -> float:
+        return float(torch.cosine_similarity(rows[first + a], rows[first + b], dim=0))
+
+    assert alike(300, 301) > 0.99
+    assert 0.9 < alike(150, 160) < 0.999
+    assert alike(150, 400) < 0.5 < alike(150, 200) < alike(150, 160)
+    sizes = rows.norm(dim=1)
+    assert sizes[first + 130 : first + 500].mean() == pytest.approx(
+        float(before.norm(dim=1).median()), rel=0.15
+    )
+    changed = (rows != before).any(dim=1)
+    assert changed[first + 130 : first + 500].all()
+    assert changed.sum() == 371  # those of train_tokens start as they are
+    (trained,) = [w for name, w in trainable(model).items() if "token" in name]
+    assert len(trained) == 371 + 10
 
 
 def test_an_id_that_cannot_be_reached_says_what_to_do(monkeypatch):
