@@ -50,7 +50,8 @@ class Distribution:
         self.rank: int = self.accelerator.process_index
         self.world: int = self.accelerator.num_processes
         self.is_main: bool = self.accelerator.is_main_process
-        wanted = sharding == "fsdp" or self.accelerator.distributed_type == DistributedType.FSDP
+        # accelerate launch says it so; accelerate itself hears it on GPUs alone
+        wanted = sharding == "fsdp" or os.environ.get("ACCELERATE_USE_FSDP") == "true"
         self.is_sharded = wanted and self.world > 1
         self._is_zero = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         self.zero: Zero | None = None

@@ -140,9 +140,9 @@ def torchrun(*arguments: str) -> subprocess.Popen:
     return start([*launcher, f"--master-port={free_port()}", *arguments])
 
 
-def ranks(*arguments: str) -> list[subprocess.Popen]:
+def ranks(*arguments: str, **environment: str) -> list[subprocess.Popen]:
     """Start two processes as `srun` does: each by itself."""
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", **environment}
     return [start([sys.executable, *arguments], **place, RANK=str(i), LOCAL_RANK=str(i)) for i in range(2)]
 
 
@@ -332,6 +332,24 @@ def test_sigterm_to_each_process_saves_and_exits_with_zero(long, tmp_path):
     assert results[1][1] == ""
     assert (out / "checkpoints" / f"{result['steps']:08d}" / ".metadata").exists()
     assert not (out / "model").exists()
+
+
+@pytest.mark.slow
+def test_accelerates_config_file_shards_as_the_recipes_key_does(kinds, trained, tmp_path):
+    """The launcher's settings reach its processes as environment variables; on a CPU it starts no others."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    config = str(ROOT / "finetune" / "accelerate-fsdp2.yaml")
+    given = launch_command_parser().parse_args(["--config_file", config, "--num_processes", "2", "-m", "x"])
+    told = prepare_multi_gpu_env(_validate_launch_command(given)[0])
+    environment = {name: value for name, value in told.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+    path = write(kinds["lora"], tmp_path / "lora.yaml")
+    processes = ranks(*TRAINING, str(path), "--out", str(tmp_path / "run"), **environment)
+    results = [ended(process) for process in processes]
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert (tmp_path / "run" / "checkpoints" / "00000008" / ".metadata").exists()
+    assert losses(tmp_path / "run") == pytest.approx(losses(trained / "lora-one"), rel=5e-6)
 
 
 @pytest.mark.slow
