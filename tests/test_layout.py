@@ -18,8 +18,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A room may import itself and the rooms above it; scores and text stand beside each other.
 ORDER = (
     ("errors",), ("records",), ("recipes",), ("structures",), ("text",), ("scores",), ("tokens",),
-    ("models",), ("engines",), ("generation",), ("results",), ("conditioned",), ("benchmark",), ("fine_tuning",),
-    ("server", "web"), ("screen",), ("verbs",), ("cli",), ("__main__",),
+    ("models",), ("engines",), ("generation",), ("results",), ("conditioned",), ("benchmark",),
+    ("fine_tuning",), ("server", "web"), ("screen",), ("verbs",), ("cli",), ("__main__",),
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Library -> where it may be imported, at the top of a module or inside a function.
