@@ -271,16 +271,14 @@ def check_same_template(base_name: str, info: StoredInfo) -> None:
     folder = Path(base_source(base_name))
     if not (folder / MANIFEST).is_file():
         return
-    from crystallm_kit.text.representation import representation
-
     manifest = read_manifest(folder)
     theirs = {
         "template": f"{manifest.template} ({manifest.template_sha256[:12]})",
-        "format": str(representation(manifest.format, **manifest.format_settings)),
+        "format": _format(manifest.format, manifest.format_settings),
     }
     ours = {
         "template": f"{info.template} ({info.template_sha256[:12]})",
-        "format": str(representation(info.format, **info.format_settings)),
+        "format": _format(info.format, info.format_settings),
     }
     rows = read_config(str(folder), base_name).vocab_size
     if info.vocabulary.n_base is None and rows != info.vocabulary.size:
@@ -293,6 +291,16 @@ def check_same_template(base_name: str, info: StoredInfo) -> None:
             f"base model '{base_name}' was trained otherwise: {'; '.join(wrong)}. Prepare the corpus with "
             "the template, format and tokenizer of the base."
         )
+
+
+def _format(name: str, settings: Mapping[str, Any]) -> str:
+    """Return a text format with its settings as they come out, so that a default is what is not said."""
+    if not settings:
+        return name  # without asking the format, whose libraries a training machine may not have
+    from crystallm_kit.text.representation import representation
+
+    form = representation(name, **settings)
+    return name if form == representation(name) else str(form)
 
 
 # ---------------------------------------------------------------- what a config says

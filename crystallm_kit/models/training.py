@@ -71,7 +71,9 @@ _FREE_KEYS = frozenset(
     compile export export_dtype export_shard_mb micro_tokens overfit_check sample_every samples track
     push_to_hub""".split()
 )
-_FREE_DATA_KEYS = ("data.corpus", "data.tokenizer", "data.inputs", "data.validation")
+_FREE_SUBKEYS = (
+    "data.corpus", "data.tokenizer", "data.inputs", "data.validation", "base.gradient_checkpointing",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,7 @@ def train(
     out = Path(out)
     try:
         return _Run(recipe, out, source, resume, on_samples).train()
-    except (RuntimeError, OSError, MemoryError) as error:
+    except BaseException as error:  # a full disk is an error of safetensors, or of none of Python's classes
         told = explain(error, recipe, out, last_step=last_step(out / "checkpoints"))
         if told is None:
             raise
@@ -426,7 +428,7 @@ class _Run:
             f"{key} was {then.get(key)}, is {now.get(key)}"
             for key in sorted(then.keys() | now.keys())
             if key.split(".")[0] not in _FREE_KEYS
-            and not key.startswith(_FREE_DATA_KEYS)
+            and not key.startswith(_FREE_SUBKEYS)
             and now.get(key) != then.get(key)
         ]
         template = [self.info.template, self.info.template_sha256]

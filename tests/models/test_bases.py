@@ -506,7 +506,7 @@ def test_a_base_of_the_kit_keeps_its_template_format_and_tokenizer():
     check_same_template("shipped", info)
     for change, message in (
         ({"template": TEMPLATE.name, "template_sha256": TEMPLATE.hash}, "template: kit-1 .*crystal-text-llm"),
-        ({"format": "compact"}, "format: WyckoffRepresentation.* of the corpus CompactRepresentation"),
+        ({"format": "compact"}, "format: wyckoff, of the corpus compact"),
         ({"vocabulary": VocabularyInfo(99, None, 0)}, f"tokenizer: {rows} tokens, of the corpus 99 tokens"),
     ):
         with pytest.raises(ModelError, match=message):
