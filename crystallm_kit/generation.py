@@ -38,6 +38,8 @@ from crystallm_kit.models.folders import (
 from crystallm_kit.records import Completion, Conditions, Crystal, Sample, Verdict
 from crystallm_kit.structures.elements import ELEMENTS
 from crystallm_kit.text.parsing import parse_completion
+from crystallm_kit.text.prompt_llm import CrystalTextLlmTemplate
+from crystallm_kit.text.prompt_words import WordsTemplate
 from crystallm_kit.text.prompts import Template, template_named
 from crystallm_kit.text.representation import Representation, representation
 from crystallm_kit.text.wyckoff import MAX_COUNT
@@ -61,6 +63,7 @@ class Model:
         quantiles: Property name -> values at evenly spaced probabilities in its training data.
         max_sites: Atoms in the primitive cell that its texts hold; more only where they are asked for.
         sampling: How tokens are drawn where nothing else is asked for.
+        tasks: What it was trained to do (tokens/tasks.py).
     """
 
     name: str
@@ -71,6 +74,7 @@ class Model:
     quantiles: dict[str, list[float]]
     max_sites: int = 24
     sampling: Sampling = field(default_factory=Sampling)
+    tasks: frozenset[str] = frozenset(("generate",))
 
 
 def load_model(
@@ -134,6 +138,7 @@ def load_model(
         sampling=Sampling(
             **facts.get("sampling", {}), max_new_tokens=max(1, min(engine.max_positions - 1, LONGEST))
         ),
+        tasks=frozenset(facts.get("tasks", spoken.tasks)),  # published adapters do not say
     )
 
 
@@ -358,9 +363,10 @@ def infill(
 ) -> list[tuple[str, float]]:
     """Rank the elements that could replace one element of a crystal, most likely first.
 
-    The model scores the crystal's text once for each candidate: its log-probability is the model's belief in
-    the whole crystal with that element in place (the candidate's own text, so its canonical order and
-    origin).
+    A model that was trained to infill is asked by its template's prompt, which shows the crystal with the
+    element masked; each candidate is scored as the answer. Any other model scores the crystal's text once for
+    each candidate: its log-probability is the model's belief in the whole crystal with that element in place
+    (the candidate's own text, so its canonical order and origin).
 
     Args:
         crystal: The crystal; its structure stays as it is.
@@ -390,25 +396,38 @@ def infill(
     tried = [c for c in dict.fromkeys(offered) if c == element or c not in present]
     if not tried:
         raise ImpossibleRequest(f"{crystal.id}: no candidate that the crystal does not hold already")
-    texts = []
     for candidate in tried:
         if candidate not in ELEMENTS:
             raise UnknownName.among("element", candidate, ELEMENTS)
-        structure = crystal.structure.copy()
-        structure.remove_oxidation_states()  # Na+ would not be found as Na
-        structure.replace_species({element: candidate})
-        texts.append(asked.representation.encode(Crystal(crystal.id, structure)))
-    unconditional = asked.template.render(Conditions())
-    if asked.template.begins_the_text:
-        texts = [text.removeprefix(unconditional) for text in texts]
     sampling = Sampling(max_new_tokens=asked_positions(asked))
-    scored = list(asked.engine.complete([Prompt(unconditional, text) for text in texts], sampling))
+    scored = list(asked.engine.complete(_infilled(crystal, element, tried, asked), sampling))
     if any(c.stop_reason != "stop" for c in scored):
         raise ImpossibleRequest(f"{crystal.id}: its text is longer than the model's positions")
     logs = np.array([c.log_probability for c in scored])
     weights = np.exp(logs - logs.max())
     best_first = sorted(zip(tried, weights / weights.sum(), strict=True), key=lambda pair: -pair[1])
     return [(symbol, float(p)) for symbol, p in best_first]
+
+
+def _infilled(crystal: Crystal, element: str, candidates: Sequence[str], model: Model) -> list[Prompt]:
+    """Return for each candidate what the model scores: an answer, or the crystal's whole text."""
+    template = model.template
+    structure = crystal.structure.copy()
+    structure.remove_oxidation_states()  # Na+ would not be found as Na
+    if "infill" in model.tasks and isinstance(template, WordsTemplate | CrystalTextLlmTemplate):
+        text = model.representation.encode(Crystal(crystal.id, structure))
+        question = template.infill_prompt(text, element)
+        return [Prompt(question, candidate, is_whole=True) for candidate in candidates]
+    unconditional = template.render(Conditions())
+    found = []
+    for candidate in candidates:
+        replaced = structure.copy()
+        replaced.replace_species({element: candidate})
+        text = model.representation.encode(Crystal(crystal.id, replaced))
+        if template.begins_the_text:
+            text = text.removeprefix(unconditional)
+        found.append(Prompt(unconditional, text, is_whole=True))
+    return found
 
 
 def asked_positions(model: Model) -> int:

@@ -316,3 +316,43 @@ def test_a_folder_without_a_manifest_is_refused(toy_model, tmp_path):
     (folder / "manifest.json").unlink()
     with pytest.raises(ModelError, match=r"manifest\.json"):
         load_model(folder)
+
+
+# Infilling by models with a base's tokenizer
+
+
+@pytest.mark.parametrize("tasks", [("generate", "infill"), ("generate",)])
+def test_infill_asks_what_the_model_was_trained_to_answer(base_folder, tasks):
+    """A base that had learned to infill was not asked to; what it drew after a text counted as part of it."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from crystallm_kit.engines.transformers_local import TransformersEngine
+    from crystallm_kit.tokens.cutting import BaseCutter
+    from crystallm_kit.tokens.tokenizer import prompt_ids
+
+    folder = base_folder("llama")
+    network, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    engine = TransformersEngine(network, tokenizer, device="cpu", threads=1)
+    form, template = representation("compact"), template_named("crystal-text-llm")
+    asked = Model("base", engine, form, template, ("Li", "Na", "K"), {}, tasks=frozenset(tasks))
+    cell = rock_salt().get_primitive_structure()
+    ranked = dict(infill(Crystal("NaCl", cell), "Na", model=asked))
+
+    logs = {}
+    for symbol in ("Li", "Na", "K"):
+        if "infill" in tasks:
+            prompt, answer = template.infill_prompt(form.encode(Crystal("NaCl", cell)), "Na"), symbol
+        else:
+            other = cell.copy()
+            other.replace_species({"Na": symbol})
+            prompt, answer = template.render(Conditions()), form.encode(Crystal("NaCl", other))
+        before = prompt_ids(tokenizer, prompt)
+        after = [*BaseCutter(tokenizer)(answer), tokenizer.eos_token_id]
+        with torch.inference_mode():
+            said = network(torch.tensor([before + after])).logits[0, len(before) - 1 : -1].log_softmax(-1)
+        logs[symbol] = float(said[range(len(after)), after].sum())
+    expected = torch.tensor([*logs.values()]).softmax(0).tolist()
+    assert ranked == pytest.approx(dict(zip(logs, expected, strict=True)), rel=1e-2)

@@ -37,11 +37,14 @@ class Prompt:
         text: What stands before the crystal.
         beginning: How the crystal's own text must begin; "" leaves it free. Part of the completion.
         request: What must hold for every token; None: unconstrained. Only steerable engines take one.
+        is_whole: Whether nothing but the end follows the beginning, so that the completion's probability is
+            that of this answer. Only steerable engines know it.
     """
 
     text: str
     beginning: str = ""
     request: "Request | None" = None
+    is_whole: bool = False
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class TransformersEngine:
             raise UserError(
                 f"a prompt of {longest} tokens; the model has {self._positions()} positions in all"
             )
-        given = [self._text_ids(p.beginning) if p.beginning else [] for p in prompts]
+        given = [self._given_ids(p) for p in prompts]
         order = sorted(
             range(len(prompts)), key=lambda i: (len(ids[i]), prompts[i].request is None, len(given[i]))
         )
@@ -273,6 +273,12 @@ class TransformersEngine:
 
     def _prompt_ids(self, text: str) -> list[int]:
         return (encode_strict if self._is_of_a_format else prompt_ids)(self.tokenizer, text)
+
+    def _given_ids(self, prompt: Prompt) -> list[int]:
+        """Return what a completion must begin with; a whole one ends with the end token, if there is one."""
+        ids = self._text_ids(prompt.beginning) if prompt.beginning else []
+        end = self.tokenizer.eos_token_id
+        return [*ids, end] if prompt.is_whole and end is not None and ids[-1:] != [end] else ids
 
     def _text_ids(self, text: str) -> list[int]:
         if self._is_of_a_format:

@@ -45,10 +45,12 @@ class TokenSource(Protocol):
     Attributes:
         info: Vocabulary, format and template.
         sha256: Hash of the data.
+        tasks: What the examples ask for (tokens/tasks.py), with the share of each.
     """
 
     info: StoredInfo
     sha256: str
+    tasks: dict[str, float]
 
     def examples(self, epoch: int) -> Examples:
         """Return the training examples of an epoch (0, 1, ...), augmented for it; the same at every call."""
@@ -75,6 +77,7 @@ class ArraySource:
         except (OSError, ValueError, KeyError, RecipeError) as error:
             raise ReadError(f"{self.path}: not a corpus of token arrays: {error}") from error
         self.sha256 = hashlib.sha256(content).hexdigest()
+        self.tasks: dict[str, float] = {"generate": 1.0}
         self.n_epochs = sum(name.startswith("tokens_") for name in self._arrays.files)
         if not self.n_epochs:
             raise EmptyInput(f"{self.path}: no training examples (entries tokens_0, offsets_0, ...).")
