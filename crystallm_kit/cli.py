@@ -15,15 +15,14 @@ quick.
 
 import argparse
 import importlib
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from crystallm_kit.errors import MissingExtra, UserError
+from crystallm_kit.models.progress import silence_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: As after the command's name; None: those of the process.
     """
     options = _parser().parse_args(arguments)
-    _silence_libraries()
+    silence_libraries()
     try:
         verb = "import_" if options.verb == "import" else options.verb  # a keyword is no function's name
         code: int = getattr(importlib.import_module("crystallm_kit.verbs"), verb)(options)
@@ -61,16 +60,6 @@ def _is_first_to_tell() -> bool:
     from crystallm_kit.models.distribution import is_first_to_tell
 
     return is_first_to_tell()
-
-
-def _silence_libraries() -> None:
-    """Keep what libraries say to their developers off the screen; a variable that is set already wins."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also transformers' "Loading weights"
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("moyo").setLevel(logging.ERROR)  # tells of every tolerance that it tries
-    if not sys.warnoptions:  # python -W shows them
-        warnings.simplefilter("ignore")
 
 
 # ---------------------------------------------------------------- options
@@ -215,6 +204,9 @@ def _add_model_verbs(verbs: Any) -> None:
     merge = _verb(verbs, "merge", "an adapter and its base -> one model folder")
     merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="the adapter's folder")
     merge.add_argument("--out", type=Path, required=True, metavar="DIR", help="the model folder")
+    merge.add_argument(
+        "--base", metavar="BASE", help="its folder or Hugging Face id (default: as the adapter names it)"
+    )
     merge.add_argument(
         "--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16",
         help="of the weights on disk (default: bfloat16)",

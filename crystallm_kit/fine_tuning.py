@@ -48,7 +48,7 @@ from crystallm_kit.models.checkpoints import read_manifest as model_manifest
 from crystallm_kit.models.curves import check_track
 from crystallm_kit.models.publishing import check_push, push_to_hub, write_card
 from crystallm_kit.models.training import TrainingResult, train
-from crystallm_kit.models.training_recipe import TrainingRecipe
+from crystallm_kit.models.training_recipe import TrainingRecipe, load_training_recipe
 from crystallm_kit.recipes import from_dict, load_recipe
 from crystallm_kit.records import Conditions
 from crystallm_kit.scores.funnel import Funnel, funnel, mark_duplicates
@@ -91,7 +91,7 @@ def fine_tune(
         UserError: If the model cannot be pushed; it is whole in `out/model`.
     """
     if not isinstance(recipe, TrainingRecipe):
-        recipe = load_recipe(recipe, TrainingRecipe, tuple(overrides))
+        recipe = load_training_recipe(recipe, overrides)
     out = Path(out)
     _check(recipe)
     try:
@@ -116,14 +116,14 @@ def look_ahead(
 
     No weights are read. Arguments and errors are those of fine_tune.
     """
-    from crystallm_kit.models.bases import check_base, check_same_template
+    from crystallm_kit.models.bases import check_base, check_same_template, check_same_tokens
     from crystallm_kit.models.distribution import Distribution
     from crystallm_kit.models.learner import layout_of
     from crystallm_kit.models.memory import scratch_config
     from crystallm_kit.models.preflight import check
 
     if not isinstance(recipe, TrainingRecipe):
-        recipe = load_recipe(recipe, TrainingRecipe, tuple(overrides))
+        recipe = load_training_recipe(recipe, overrides)
     _check(recipe)
     recipe = with_corpus(recipe, Path(out), workers=workers)
     source = open_source(recipe.data.corpus or "")
@@ -134,6 +134,7 @@ def look_ahead(
     else:
         check_same_template(recipe.base.name, source.info)
         config = check_base(recipe.base, device_type=device.type)
+        check_same_tokens(recipe.base, config, vocabulary, recipe.data.tokenizer_folder)
     layout = layout_of(recipe, distribution)
     examples, validation = source.examples(0), source.validation()
     return check(recipe, config, layout, examples, vocabulary, validation=validation, device=device)
@@ -382,14 +383,8 @@ def validation_requests(
 
 
 def _tokenizer(recipe: TrainingRecipe, source: TokenSource) -> Any:
-    data, info = recipe.data, source.info
-    if data.tokenizer is not None:
-        return load_tokenizer(data.tokenizer)
-    corpus = Path(data.corpus or "")
-    folder = (corpus if corpus.is_dir() else corpus.parent) / "tokenizer"
-    return (
-        load_tokenizer(folder) if folder.is_dir() else format_tokenizer(info.format, **info.format_settings)
-    )
+    folder, info = recipe.data.tokenizer_folder, source.info
+    return format_tokenizer(info.format, **info.format_settings) if folder is None else load_tokenizer(folder)
 
 
 # ---------------------------------------------------------------- what comes out

@@ -244,7 +244,7 @@ def merge(options: argparse.Namespace) -> int:
     from crystallm_kit.models.adapters import merge_adapter
     from crystallm_kit.models.publishing import write_card
 
-    folder = merge_adapter(options.adapter, options.out, dtype=options.dtype)
+    folder = merge_adapter(options.adapter, options.out, dtype=options.dtype, base=options.base)
     write_card(folder)
     print(f"{folder}: crystallm-kit generate --model {folder}")
     return 0

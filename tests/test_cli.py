@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -354,7 +355,6 @@ def test_from_files_to_a_corpus_to_a_model_to_crystals(here, capsys):
         "model.hidden_size": 64, "model.n_layers": 2, "model.n_heads": 2, "steps": 4, "epochs": "null",
         "batch_tokens": 512, "micro_tokens": 512, "eval_every": 4, "checkpoint_every": 4, "log_every": 2,
         "schedule.warmup_steps": 1, "data.corpus": "corpus",
-        "data.tokenizer": ROOT / "tokenizers" / "wyckoff",
         "model.intermediate_size": 128,
     }  # fmt: skip
     settings = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
@@ -408,6 +408,16 @@ def test_a_reader_that_has_enough_is_no_error(rock_salt):
     piped = subprocess.run(run, shell=True, capture_output=True, text=True, check=False, env=environment)
     assert piped.stdout == "Na1 Cl1 225\n"
     assert "Traceback" not in piped.stderr
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+def test_training_by_lora_says_nothing_of_the_libraries():
+    """bitsandbytes, which peft imports, told users of a CPU to install kernels that they do not need."""
+    program = "from crystallm_kit.models.progress import silence_libraries as s; s(); import peft.tuners.lora"
+    imported = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert imported.stderr == ""
 
 
 @pytest.mark.slow

@@ -353,6 +353,30 @@ def test_where_the_prompt_begins_the_text_its_first_line_is_asked_for(crystals, 
 # ---------------------------------------------------------------- what the corpus is made with
 
 
+def test_a_property_in_focus_that_the_data_lack_is_refused(crystals, tmp_path, monkeypatch):
+    """Crystals without bulk moduli were prepared and trained on, which taught nothing of them."""
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "finetune" / "shipped-lora-wyckoff-bulk-modulus.yaml"
+    corpus_recipe = "finetune/corpus-wyckoff-bulk-modulus.yaml"  # of the kit, from whatever folder
+    with pytest.raises(UserError, match=r"no entry has the property 'bulk_modulus_gpa'.*bulk_modulus_vrh"):
+        look_ahead(
+            path, "run", overrides=(f"data.inputs=[{crystals}]", f"data.corpus_recipe={corpus_recipe}")
+        )
+
+
+def test_what_a_recipe_names_is_looked_for_before_any_work(crystals, tmp_path):
+    """A run whose data.tokenizer was not there trained to its end; its model could not be asked anything."""
+    path = tmp_path / "mine.yaml"
+    path.write_text("seed: 1\nsteps: 1\nmodel: {hidden_size: 32, n_heads: 2}\n")
+    for setting, message in (
+        ("data.tokenizer=nowhere", "data.tokenizer 'nowhere': no tokenizer.json there.*null"),
+        ("data.corpus_recipe=corpus.yaml", r"data.corpus_recipe 'corpus.yaml': no such file"),
+        ("epochs=2", r"give one of 'epochs' and 'steps', and null for the other; got epochs 2.0 and steps 1"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            fine_tune(path, tmp_path / "run", overrides=(f"data.inputs=[{crystals}]", setting))
+
+
 def test_a_base_model_brings_its_tokenizer_into_the_corpus(recipe, toy_model, tmp_path):
     def tokenizer_for(base: str, text: str = "seed: 1\n") -> str | None:
         path = tmp_path / "corpus.yaml"

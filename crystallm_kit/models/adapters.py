@@ -71,7 +71,7 @@ def load_adapter(
     except ModelError as error:
         raise ModelError(
             f"{folder}: the model that this adapter belongs to is not to be had: {error} "
-            "Say where it is now with --base (base=...)."
+            "Say where it is now: generate --model BASE --adapter ADAPTER, merge --base BASE, or base=BASE."
         ) from error
     tokenizer = _tokenizer(folder, source, revision)
     model = pretrained_model(

@@ -293,6 +293,50 @@ def check_same_template(base_name: str, info: StoredInfo) -> None:
         )
 
 
+def check_same_tokens(
+    recipe: BaseRecipe, config: Any, vocabulary: VocabularyInfo, tokenizer: Path | None
+) -> None:
+    """Check that the tokens of a corpus are the base's; it may have more of them.
+
+    Args:
+        recipe: The base. If it has no tokenizer, only its rows are counted.
+        config: What check_base returned.
+        vocabulary: Of the corpus.
+        tokenizer: Folder of the corpus's tokenizer; None: only the rows are counted.
+
+    Raises:
+        ModelError: If a token means something else to the base, or it has no row for one.
+    """
+    from transformers import AutoTokenizer
+
+    _check_rows(recipe.name, config.get_text_config().vocab_size, vocabulary)
+    if tokenizer is None:
+        return
+    try:
+        base = AutoTokenizer.from_pretrained(base_source(recipe.name), revision=recipe.revision)
+    except (OSError, ValueError, KeyError):
+        return  # weights alone, which are learned anew
+    theirs, ours = base.get_vocab(), AutoTokenizer.from_pretrained(str(tokenizer)).get_vocab()
+    others = [token for token, i in theirs.items() if ours.get(token) != i]
+    if others:
+        token = min(others, key=theirs.__getitem__)
+        raise ModelError(
+            f"base model '{recipe.name}': {len(others):,} of its {len(theirs):,} tokens are others in "
+            f"{tokenizer}, such as {theirs[token]} ({token!r}). Prepare the corpus with the base's tokenizer "
+            f"(--tokenizer {recipe.name})."
+        )
+
+
+def _check_rows(name: str, rows: int, vocabulary: VocabularyInfo) -> None:
+    """Raise ModelError if a base has fewer rows than its own tokens in the corpus."""
+    n_known = vocabulary.size if vocabulary.n_base is None else vocabulary.n_base
+    if n_known > rows:
+        raise ModelError(
+            f"base model '{name}': it has rows for {rows:,} tokens, the corpus's tokenizer has {n_known:,} "
+            "before any is added: they do not belong together. Prepare the corpus with the base's tokenizer."
+        )
+
+
 def _format(name: str, settings: Mapping[str, Any]) -> str:
     """Return a text format with its settings as they come out, so that a default is what is not said."""
     if not settings:
@@ -466,12 +510,8 @@ def _random_base(recipe: BaseRecipe, device: torch.device, dtype: torch.dtype) -
 def _fit_vocabulary(model: Any, vocabulary: VocabularyInfo, name: str) -> None:
     """Give the model rows for every token of the corpus, and the corpus's special ids."""
     rows = model.get_input_embeddings().weight.shape[0]
+    _check_rows(name, rows, vocabulary)
     n_known = vocabulary.size if vocabulary.n_base is None else vocabulary.n_base
-    if n_known > rows:
-        raise ModelError(
-            f"base model '{name}': it has rows for {rows:,} tokens, the corpus's tokenizer has {n_known:,} "
-            "before any is added: they do not belong together. Prepare the corpus with the base's tokenizer."
-        )
     grow_embeddings(model, n_known, vocabulary.size)
     set_special_ids(
         model,

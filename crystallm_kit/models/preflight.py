@@ -43,8 +43,7 @@ from crystallm_kit.models.memory import (
     scratch_config,
     shape_of_pass,
 )
-from crystallm_kit.models.training_recipe import TrainingRecipe
-from crystallm_kit.recipes import load_recipe
+from crystallm_kit.models.training_recipe import TrainingRecipe, load_training_recipe
 from crystallm_kit.tokens.drawing import Examples, VocabularyInfo
 
 if TYPE_CHECKING:
@@ -446,7 +445,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     options = parser.parse_args(arguments)
     try:
-        recipe = load_recipe(options.recipe, TrainingRecipe, tuple(options.set))
+        recipe = load_training_recipe(options.recipe, options.set)
         capacity = 1e9 * options.gpu_gb if options.gpu_gb else _own_capacity()
         vocabulary = _vocabulary(recipe, options.vocabulary)
         config = _config(recipe, options.config, vocabulary)

@@ -9,9 +9,28 @@ Memory is the most that the main process's GPU has held so far.
 Not here: metrics.jsonl, for programs (curves.py).
 """
 
+import logging
+import os
 import sys
 import time
+import warnings
 from typing import Any
+
+
+def silence_libraries() -> None:
+    """Keep what libraries say to their developers off the screen; a variable that is set already wins.
+
+    For a command's start, before transformers is loaded, which reads the variables once.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # also transformers' "Loading weights"
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # tells of every attempt at a connection
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # moyo tells of every tolerance that it tries, bitsandbytes of kernels that a CPU could have
+    for name in ("moyo", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:  # python -W shows them
+        warnings.simplefilter("ignore")
 
 
 class Screen:

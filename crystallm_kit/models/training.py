@@ -46,7 +46,7 @@ from crystallm_kit.models.distribution import Distribution, is_first_to_tell
 from crystallm_kit.models.failures import GradientWatch, diverged, explain
 from crystallm_kit.models.learner import Learner, layout_of
 from crystallm_kit.models.memory import scratch_config
-from crystallm_kit.models.progress import Screen
+from crystallm_kit.models.progress import Screen, silence_libraries
 from crystallm_kit.models.run_state import (
     checkpoint_folders,
     last_step,
@@ -56,8 +56,8 @@ from crystallm_kit.models.run_state import (
     save_checkpoint,
     save_weights,
 )
-from crystallm_kit.models.training_recipe import TrainingRecipe, learning_rate
-from crystallm_kit.recipes import load_recipe, recipe_to_dict
+from crystallm_kit.models.training_recipe import TrainingRecipe, learning_rate, load_training_recipe
+from crystallm_kit.recipes import recipe_to_dict
 from crystallm_kit.tokens.drawing import Examples
 
 # Looks at the model as it is after some steps: (model in evaluation mode, step) -> numbers by name.
@@ -452,18 +452,10 @@ class _Run:
         with self.learner.averaged():
             if self.recipe.export == "best":
                 self.learner.copy_weights(read_weights(self.checkpoints / "best"))
-            self.learner.export(folder, self._tokenizer(), self._manifest())
+            self.learner.export(folder, self.recipe.data.tokenizer_folder, self._manifest())
         self.distribution.wait()
         self.screen.say(f"wrote {folder}")
         return folder
-
-    def _tokenizer(self) -> Path | None:
-        """Return the folder of the tokenizer: the recipe's, else the corpus's own."""
-        data = self.recipe.data
-        if data.tokenizer is not None or data.corpus is None:
-            return data.tokenizer
-        own = (data.corpus if data.corpus.is_dir() else data.corpus.parent) / "tokenizer"
-        return own if own.is_dir() else None
 
     def _manifest(self) -> Manifest:
         progress, device, base = self.progress, self.distribution.device, self.recipe.base
@@ -486,6 +478,7 @@ class _Run:
                 "training_tokens": progress.n_tokens,
                 "tokens_per_second": round(self.screen.mean_rate()),
                 "parameters": self.learner.n_trainable,
+                "tasks": sorted(name for name, share in self.source.tasks.items() if share),
             },
             base={} if base is None else {
                 "name": base.name, "revision": base.revision, "method": base.method,
@@ -510,6 +503,7 @@ class _Run:
         if recipe.base is not None:
             bases.check_same_template(recipe.base.name, self.info)
             config = bases.check_base(recipe.base, device_type=self.distribution.device.type)
+            bases.check_same_tokens(recipe.base, config, vocabulary, recipe.data.tokenizer_folder)
         else:
             config = scratch_config(recipe, vocabulary.size)
         if self.is_main:
@@ -631,11 +625,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--fresh", action="store_true", help="remove the run that --out holds")
     options = parser.parse_args(arguments)
+    silence_libraries()
     overrides = list(options.set)
     if options.npz:
         overrides.append(f"data.corpus={json.dumps(os.fspath(options.npz))}")
     try:
-        recipe = load_recipe(options.recipe, TrainingRecipe, tuple(overrides))
+        recipe = load_training_recipe(options.recipe, overrides)
         result = train(recipe, options.out, resume=not options.fresh)
     except UserError as error:
         if is_first_to_tell():

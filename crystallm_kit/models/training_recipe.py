@@ -1,17 +1,20 @@
 """The training recipe: every key of a finetune/*.yaml, with its meaning and unit.
 
-    recipe = load_recipe("finetune/llama-scratch-wyckoff-mp.yaml", TrainingRecipe, ("optimizer.lr=5e-4",))
+    recipe = load_training_recipe("finetune/llama-scratch-wyckoff-mp.yaml", ("optimizer.lr=5e-4",))
 
 Not here: reading YAML (recipes.py), the loop that follows it (training.py).
 """
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from crystallm_kit.errors import RecipeError
 from crystallm_kit.models.bases import BaseRecipe
 from crystallm_kit.models.checkpoints import ModelRecipe
+from crystallm_kit.recipes import load_recipe
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,14 @@ class DataRecipe:
     tokenizer: Path | None = None
     loss_on_prompt: bool = False
     max_length: int | None = None
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """Return the folder of the tokenizer: the recipe's, else the corpus's own, if it has one."""
+        if self.tokenizer is not None or self.corpus is None:
+            return self.tokenizer
+        own = (self.corpus if self.corpus.is_dir() else self.corpus.parent) / "tokenizer"
+        return own if own.is_dir() else None
 
 
 @dataclass(frozen=True)
@@ -145,7 +156,10 @@ class TrainingRecipe:
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give one of 'epochs' and 'steps'")
+            raise ValueError(
+                f"give one of 'epochs' and 'steps', and null for the other; got epochs {self.epochs} and "
+                f"steps {self.steps}"
+            )
         if (self.model is None) == (self.base is None):
             raise ValueError("give one of 'model' (from scratch) and 'base' (fine-tuning)")
         for name in ("batch_tokens", "micro_tokens", "eval_every", "checkpoint_every", "log_every"):
@@ -154,6 +168,39 @@ class TrainingRecipe:
         for name in ("ema_decay", "residual_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"'{name}' must be in [0, 1), got {getattr(self, name)}")
+
+
+def load_training_recipe(path: str | Path, overrides: Sequence[str] = ()) -> TrainingRecipe:
+    """Return the training recipe in a YAML file, with what it names found.
+
+    `data.corpus_recipe` and `data.tokenizer` may be named from here, from the recipe's folder or from the
+    folder above that, so that shipped recipes can be followed from anywhere.
+
+    Raises:
+        RecipeError: As load_recipe; or if the tokenizer, or the corpus recipe that is needed, is not there.
+    """
+    recipe = load_recipe(path, TrainingRecipe, tuple(overrides))
+    data, folder = recipe.data, Path(path).parent
+    found = {}
+    for name, inside in (("corpus_recipe", ""), ("tokenizer", "tokenizer.json")):
+        given = getattr(data, name)
+        if given is None:
+            continue
+        tried = [given, folder / given, folder / ".." / given]
+        there = next((place for place in tried if (place / inside).is_file()), None)
+        if there is not None:
+            found[name] = there
+        elif name == "tokenizer":
+            raise RecipeError(
+                f"{path}: data.tokenizer '{given}': no tokenizer.json there. Name a tokenizer's folder, or "
+                "null for the one in the corpus's folder."
+            )
+        elif data.inputs:
+            raise RecipeError(
+                f"{path}: data.corpus_recipe '{given}': no such file, from here or beside the recipe. Copy "
+                "it too, or name one of the kit's finetune/corpus-*.yaml."
+            )
+    return replace(recipe, data=replace(data, **found))
 
 
 def learning_rate(step: int, n_steps: int, recipe: TrainingRecipe) -> float:

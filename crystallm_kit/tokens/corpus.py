@@ -198,7 +198,8 @@ def prepare(
     if done is not None:
         return done
     check_pair(recipe.encoding)
-    require_properties(by_split, recipe.encoding.properties)
+    focus = recipe.encoding.dropping.focus
+    require_properties(by_split, [*recipe.encoding.properties, *([focus] if focus else [])])
     work = out / ".parts"
     work.mkdir(parents=True, exist_ok=True)
     tokenizer_folder = _write_tokenizer(recipe.encoding, out)

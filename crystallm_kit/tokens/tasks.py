@@ -77,7 +77,8 @@ def require_properties(inputs: Mapping[str, Sequence[Path]], properties: Iterabl
 
     Args:
         inputs: Split -> files and folders.
-        properties: As a recipe names them. What is worked out from the structure needs no column.
+        properties: As a recipe names them (encoding.properties, encoding.dropping.focus). What is worked out
+            from the structure needs no column.
     """
     needed = {_NEEDED.get(name, _COMPUTED) for name in properties} - {_COMPUTED}
     for split, paths in inputs.items():
@@ -92,7 +93,7 @@ def require_properties(inputs: Mapping[str, Sequence[Path]], properties: Iterabl
             known = PROPERTIES[name]
             raise UserError(
                 f"{', '.join(map(str, paths))}{f' ({split})' if split else ''}: no entry has the property "
-                f"'{name}' that encoding.properties names ({known.unit}). Columns found: "
+                f"'{name}' that the recipe's encoding names ({known.unit}). Columns found: "
                 f"{', '.join(sorted(columns)) or 'none'}. Name a column '{name}' or one of "
                 f"{', '.join(known.aliases)}, or drop it from the recipe."
             )

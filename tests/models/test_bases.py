@@ -15,6 +15,7 @@ from crystallm_kit.models.bases import (
     LoraRecipe,
     check_base,
     check_same_template,
+    check_same_tokens,
     load_base,
     max_positions,
     packing_problem,
@@ -516,6 +517,33 @@ def test_a_base_of_the_kit_keeps_its_template_format_and_tokenizer():
 def test_a_base_of_others_takes_any_template(base_folder):
     info = StoredInfo(SAME, "compact", {}, TEMPLATE.name, TEMPLATE.hash)
     check_same_template(str(base_folder("llama")), info)
+
+
+def test_a_corpus_of_another_tokenizer_is_refused_though_the_base_has_rows_for_it(base_folder, tmp_path):
+    """It trained without a word where the base had rows enough, on tokens that meant something else to it."""
+    from crystallm_kit.tokens.tokenizer import load_tokenizer
+
+    folder = base_folder("llama")
+    asked, config = recipe(folder), AutoConfig.from_pretrained(folder)
+    grown = load_tokenizer(folder)
+    grown.add_tokens(["[MASK]"])
+    grown.save_pretrained(tmp_path / "grown")
+    n_base = len(grown) - 1
+    check_same_tokens(
+        asked, config, VocabularyInfo(n_base + 1, None, 0, None, {}, n_base), tmp_path / "grown"
+    )
+    other = json.loads((folder / "tokenizer.json").read_text())
+    words = other["model"]["vocab"]
+    a, b = list(words)[20:22]
+    words[a], words[b] = words[b], words[a]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(other))
+    shutil.copy(folder / "tokenizer_config.json", tmp_path / "other")
+    known = VocabularyInfo(n_base, None, 0, None, {}, n_base)
+    with pytest.raises(ModelError, match=rf"2 of its {n_base} tokens are others in .*--tokenizer"):
+        check_same_tokens(asked, config, known, tmp_path / "other")
+    with pytest.raises(ModelError, match="rows for 320 tokens, the corpus's tokenizer has 999"):
+        check_same_tokens(asked, config, VocabularyInfo(999, None, 0, None, {}, 999), None)
 
 
 # ---------------------------------------------------------------- on a GPU

@@ -68,9 +68,9 @@ def crystals(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def in_root(monkeypatch):
-    """Recipes name the corpus recipes beside them as seen from the project's folder."""
-    monkeypatch.chdir(ROOT)
+def elsewhere(monkeypatch, tmp_path):
+    """Once, from another folder than the project's, no corpus recipe and no tokenizer was found."""
+    monkeypatch.chdir(tmp_path)
 
 
 def toy(crystals: Path, *more: str) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ def toy(crystals: Path, *more: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize("path", BASED, ids=lambda path: path.stem)
-def test_a_recipe_of_a_base_trains_a_two_layer_one(path, crystals, base_folder, tmp_path, in_root):
+def test_a_recipe_of_a_base_trains_a_two_layer_one(path, crystals, base_folder, tmp_path, elsewhere):
     small = [f"base.name={base_folder('llama')}", "base.quantisation=none"]  # which a CPU cannot
     result = fine_tune(path, tmp_path / "run", overrides=toy(crystals, *small))
     assert (result.stopped, result.steps) == ("done", 2)
@@ -91,17 +91,19 @@ def test_a_recipe_of_a_base_trains_a_two_layer_one(path, crystals, base_folder, 
     assert (result.model_folder / "adapter_model.safetensors").is_file() == is_lora
     manifest = read_manifest(result.model_folder)
     assert (manifest.format, manifest.template) == ("compact", "crystal-text-llm")
+    assert manifest.results["tasks"] == ["generate", "infill"]
     assert (result.model_folder / "tokenizer.json").is_file()
     model, _, _ = load_model_folder(result.model_folder)
     assert type(model).__name__ == "LlamaForCausalLM"
 
 
 @pytest.mark.parametrize("path", SCRATCH, ids=lambda path: path.stem)
-def test_a_recipe_from_scratch_trains_two_layers(path, crystals, tmp_path, in_root):
+def test_a_recipe_from_scratch_trains_two_layers(path, crystals, tmp_path, elsewhere):
     small = ["model.hidden_size=64", "model.n_heads=2", "model.intermediate_size=128", "model.n_layers=2"]
     result = fine_tune(path, tmp_path / "run", overrides=toy(crystals, *small))
     assert (result.stopped, result.steps) == ("done", 2)
     assert read_manifest(result.model_folder).format == ("cif" if "cif" in path.name else "wyckoff")
+    assert (result.model_folder / "tokenizer.json").is_file()
 
 
 def test_the_70b_recipe_shows_the_memory_that_preflight_estimates(tmp_path, capsys):
