@@ -36,11 +36,11 @@ def endless_cif() -> str:
 
 def test_a_cif_that_does_not_end_is_killed_and_the_next_is_read():
     text = cif(ROCK_SALT, symprec=0.1)
-    with CifPool(1, timeout_seconds=1.0) as pool:
+    with CifPool(1, timeout_seconds=5.0) as pool:
         started = time.monotonic()
         futures = [pool.submit(one) for one in (text, endless_cif(), text, "data_x\nnothing")]
         assert len(futures[0].result()) == 8
-        with pytest.raises(ReadError, match="did not end within 1 s"):
+        with pytest.raises(ReadError, match="did not end within 5 s"):
             futures[1].result()
         assert len(futures[2].result()) == 8
         with pytest.raises(ReadError, match="pymatgen reads no structure"):
