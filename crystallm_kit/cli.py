@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from crystallm_kit.errors import MissingExtra, UserError
-from crystallm_kit.models.progress import silence_libraries
+from crystallm_kit.training.progress import silence_libraries
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def _is_first_to_tell() -> bool:
     """Tell whether no other process of a run on several GPUs has told of an error."""
     if "RANK" not in os.environ:  # the launcher sets it
         return True
-    from crystallm_kit.models.distribution import is_first_to_tell
+    from crystallm_kit.training.distribution import is_first_to_tell
 
     return is_first_to_tell()
 

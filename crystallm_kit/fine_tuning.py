@@ -5,7 +5,7 @@
     runs/a/  corpus/    where the recipe names `data.inputs`: prepared first, kept, and used again
              samples/   what the model wrote every `sample_every` steps, a line for each sample
              model/     the model folder or the adapter's, with its card (README.md)
-             metrics.jsonl  checkpoints/ ...    see models/training.py
+             metrics.jsonl  checkpoints/ ...    see training/loop.py
 
 Everything goes on where it was interrupted: the same command finishes the corpus, then the training, then the
 push. SIGTERM stops either with exit code 0. Under torchrun or accelerate launch, the first process prepares
@@ -22,7 +22,7 @@ of the validation set ask, without constraints, and the samples go through the f
 The denominator is always `samples`. The prompts and the seed are the same every time, and the run goes on
 with the losses that it would have had without.
 
-Not here: the loop (models/training.py), corpora (tokens/corpus.py), cards and pushes (models/publishing.py).
+Not here: the loop (training/loop.py), corpora (tokens/corpus.py), cards and pushes (models/publishing.py).
 """
 
 import contextlib
@@ -43,12 +43,8 @@ from crystallm_kit.benchmark import write_facts
 from crystallm_kit.engines.engine import Sampling
 from crystallm_kit.errors import ParseError, ReadError, RecipeError
 from crystallm_kit.generation import Model, stream, write_samples
-from crystallm_kit.models.batches import TokenSource, open_source
 from crystallm_kit.models.checkpoints import read_manifest as model_manifest
-from crystallm_kit.models.curves import check_track
 from crystallm_kit.models.publishing import check_push, push_to_hub, write_card
-from crystallm_kit.models.training import TrainingResult, train
-from crystallm_kit.models.training_recipe import TrainingRecipe, load_training_recipe
 from crystallm_kit.recipes import from_dict, load_recipe
 from crystallm_kit.records import Conditions
 from crystallm_kit.scores.funnel import Funnel, funnel, mark_duplicates
@@ -58,6 +54,10 @@ from crystallm_kit.text.representation import representation
 from crystallm_kit.tokens.corpus import MANIFEST, CorpusRecipe, prepare, read_manifest
 from crystallm_kit.tokens.parts import PartReport
 from crystallm_kit.tokens.tokenizer import format_tokenizer, load_tokenizer
+from crystallm_kit.training.batches import TokenSource, open_source
+from crystallm_kit.training.curves import check_track
+from crystallm_kit.training.loop import TrainingResult, train
+from crystallm_kit.training.recipe import TrainingRecipe, load_training_recipe
 
 CORPUS, SAMPLES = "corpus", "samples"
 _SAMPLES_AT_A_TIME = 64
@@ -117,10 +117,10 @@ def look_ahead(
     No weights are read. Arguments and errors are those of fine_tune.
     """
     from crystallm_kit.models.bases import check_base, check_same_template, check_same_tokens
-    from crystallm_kit.models.distribution import Distribution
-    from crystallm_kit.models.learner import layout_of
-    from crystallm_kit.models.memory import scratch_config
-    from crystallm_kit.models.preflight import check
+    from crystallm_kit.training.distribution import Distribution
+    from crystallm_kit.training.learner import layout_of
+    from crystallm_kit.training.memory import scratch_config
+    from crystallm_kit.training.preflight import check
 
     if not isinstance(recipe, TrainingRecipe):
         recipe = load_training_recipe(recipe, overrides)
@@ -162,7 +162,7 @@ def _check(recipe: TrainingRecipe) -> None:
         )
     if recipe.base is not None:
         from crystallm_kit.models.bases import check_base
-        from crystallm_kit.models.live_model import device_type
+        from crystallm_kit.training.live_model import device_type
 
         check_base(recipe.base, device_type=device_type())
 
@@ -332,7 +332,7 @@ def sampler(recipe: TrainingRecipe, out: Path) -> OnSamples:
 
     def draw(model: Any, step: int) -> list[Any]:
         from crystallm_kit.engines.transformers_local import TransformersEngine
-        from crystallm_kit.models.live_model import lent
+        from crystallm_kit.training.live_model import lent
 
         with lent(model, bfloat16=recipe.precision == "bfloat16") as network:
             engine = TransformersEngine(

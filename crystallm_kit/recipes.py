@@ -10,7 +10,7 @@ Field types understood: bool, int, float, str, Path, Any, X | None, Literal, tup
 list[X], dict[str, X] and Mapping[str, X], and dataclasses. `1e-3` is a float and `1e5` an int where such a
 field is wanted (YAML 1.1, which PyYAML reads, takes both for text).
 
-Not here: the dataclasses themselves, each beside the code that it steers (models/training.py).
+Not here: the dataclasses themselves, each beside the code that it steers (training/loop.py).
 """
 
 import dataclasses

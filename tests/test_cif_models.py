@@ -8,13 +8,13 @@ from pymatgen.core import Lattice, Structure
 
 from crystallm_kit.generation import generate, load_model
 from crystallm_kit.models.checkpoints import ModelRecipe
-from crystallm_kit.models.training import train
-from crystallm_kit.models.training_recipe import DataRecipe, OptimizerRecipe, ScheduleRecipe, TrainingRecipe
 from crystallm_kit.records import Conditions, Crystal
 from crystallm_kit.structures.files import write
 from crystallm_kit.tokens.corpus import CorpusRecipe, prepare
 from crystallm_kit.tokens.drawing import StoredCorpus
 from crystallm_kit.tokens.encoding import EncodingRecipe
+from crystallm_kit.training.loop import train
+from crystallm_kit.training.recipe import DataRecipe, OptimizerRecipe, ScheduleRecipe, TrainingRecipe
 
 # Rock salts with their lattice parameters in angstrom.
 SALTS = (

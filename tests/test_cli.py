@@ -413,7 +413,9 @@ def test_a_reader_that_has_enough_is_no_error(rock_salt):
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 def test_training_by_lora_says_nothing_of_the_libraries():
     """bitsandbytes, which peft imports, told users of a CPU to install kernels that they do not need."""
-    program = "from crystallm_kit.models.progress import silence_libraries as s; s(); import peft.tuners.lora"
+    program = (
+        "from crystallm_kit.training.progress import silence_libraries as s; s(); import peft.tuners.lora"
+    )
     imported = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
     )

@@ -31,21 +31,21 @@ from crystallm_kit.fine_tuning import (
 )
 from crystallm_kit.generation import generate
 from crystallm_kit.models.bases import BaseRecipe, LoraRecipe, load_base
-from crystallm_kit.models.batches import open_source
 from crystallm_kit.models.checkpoints import ModelRecipe, read_manifest
-from crystallm_kit.models.live_model import lent
-from crystallm_kit.models.training_loss import ATTENTION
-from crystallm_kit.models.training_recipe import (
-    DataRecipe,
-    OptimizerRecipe,
-    ScheduleRecipe,
-    TrainingRecipe,
-)
 from crystallm_kit.recipes import recipe_to_dict
 from crystallm_kit.records import Conditions, Crystal
 from crystallm_kit.structures.writing import write
 from crystallm_kit.text.prompts import template_named
 from crystallm_kit.tokens.tokenizer import load_tokenizer
+from crystallm_kit.training.batches import open_source
+from crystallm_kit.training.live_model import lent
+from crystallm_kit.training.loss import ATTENTION
+from crystallm_kit.training.recipe import (
+    DataRecipe,
+    OptimizerRecipe,
+    ScheduleRecipe,
+    TrainingRecipe,
+)
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"Li": 4.0, "Na": 4.5, "K": 5.1, "Rb": 5.4, "F": 0.2, "Cl": 1.2, "Br": 1.5, "I": 2.0}
@@ -419,7 +419,7 @@ def test_what_cannot_work_is_said_before_anything_is_prepared(recipe, tmp_path, 
 
 
 def test_a_tracker_that_is_missing_is_said_before_anything_is_prepared(recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr("crystallm_kit.models.curves.find_spec", lambda _: None)
+    monkeypatch.setattr("crystallm_kit.training.curves.find_spec", lambda _: None)
     with pytest.raises(MissingExtra, match="pip install wandb"):
         fine_tune(dataclasses.replace(recipe, track=("wandb",)), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -18,25 +18,28 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # A room may import itself and the rooms above it; scores and text stand beside each other.
 ORDER = (
     ("errors",), ("records",), ("recipes",), ("structures",), ("text",), ("scores",), ("tokens",),
-    ("models",), ("engines",), ("generation",), ("results",), ("conditioned",), ("benchmark",),
+    ("models",), ("training",), ("engines",), ("generation",), ("results",), ("conditioned",), ("benchmark",),
     ("fine_tuning",), ("server", "web"), ("screen",), ("verbs",), ("cli",), ("__main__",),
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Library -> where it may be imported, at the top of a module or inside a function.
 HOMES = {
     "torch": (
-        "models/", "engines/transformers_local.py", "engines/cache.py", "engines/stopping.py", "engines/vllm",
-        "tokens/tokenizer.py", "tokens/masking.py", "structures/tensors.py", "structures/relaxation.py",
+        "models/", "training/", "engines/transformers_local.py", "engines/cache.py", "engines/stopping.py",
+        "engines/vllm", "tokens/tokenizer.py", "tokens/masking.py", "structures/tensors.py",
+        "structures/relaxation.py",
     ),
-    "transformers": ("models/", "engines/transformers_local.py", "engines/cache.py", "tokens/tokenizer.py"),
+    "transformers": (
+        "models/", "training/", "engines/transformers_local.py", "engines/cache.py", "tokens/tokenizer.py",
+    ),
     "tokenizers": ("tokens/tokenizer.py",),
     "datasets": ("tokens/corpus.py",),
-    "accelerate": ("models/",),
-    "peft": ("models/",),
-    "bitsandbytes": ("models/",),
-    "huggingface_hub": ("models/",),
-    "tensorboard": ("models/curves.py",),
-    "wandb": ("models/curves.py",),
+    "accelerate": ("models/", "training/"),
+    "peft": ("models/", "training/"),
+    "bitsandbytes": ("models/", "training/"),
+    "huggingface_hub": ("models/", "training/"),
+    "tensorboard": ("training/curves.py",),
+    "wandb": ("training/curves.py",),
     "vllm": ("engines/vllm",),
     "openai": ("engines/openai_endpoint.py",),
     "httpx": ("engines/openai_endpoint.py",),
@@ -51,6 +54,7 @@ HOMES = {
 # Where torch may be imported at the top of a module: what is only ever imported to compute with it.
 TORCH_AT_THE_TOP = (
     "models/",
+    "training/",
     "engines/transformers_local.py",
     "engines/cache.py",
     "engines/stopping.py",

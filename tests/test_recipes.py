@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crystallm_kit.errors import RecipeError
-from crystallm_kit.models.training_recipe import TrainingRecipe
 from crystallm_kit.recipes import from_dict, load_recipe, recipe_to_dict
 from crystallm_kit.tokens.corpus import CorpusRecipe
+from crystallm_kit.training.recipe import TrainingRecipe
 
 ROOT = Path(__file__).parents[1]
 # Pattern of recipes -> what they are.

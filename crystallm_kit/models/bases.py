@@ -15,7 +15,7 @@ arXiv:2106.09685); QLoRA keeps them in 4 bits meanwhile (Dettmers et al. 2023, a
 
 Code that comes with a model is never run (trust_remote_code stays off).
 
-Not here: models from scratch (checkpoints.py), the loop (training.py), tokenizers (tokens/tokenizer.py),
+Not here: models from scratch (checkpoints.py), the loop (training/loop.py), tokenizers (tokens/tokenizer.py),
 adapters after training: loading and merging (adapters.py).
 """
 
@@ -356,7 +356,7 @@ def max_positions(config: Any) -> int:
 
 
 def packing_problem(config: Any, longest: int) -> str | None:
-    """Return why training_loss.attention must not stand in for a model's own attention, or None.
+    """Return why training/loss.attention must not stand in for a model's own attention, or None.
 
     Args:
         config: Of the model.

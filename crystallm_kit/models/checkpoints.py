@@ -10,7 +10,7 @@ and the text format with its settings. A folder without them is refused: a model
 than it was trained with answers, but wrongly.
 
 Not here: adapters (adapters.py), other systems' checkpoints (importing.py), the state from which a run
-resumes (run_state.py).
+resumes (training/run_state.py).
 """
 
 import dataclasses

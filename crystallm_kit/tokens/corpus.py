@@ -14,7 +14,8 @@ encoded by processes (or Ray tasks) and written; an index on disk then finds dup
 copied part by part. A run that was killed goes on: finished parts are kept, and recognised by the hash of
 their entries and recipe.
 
-Not here: what is done to one crystal (encoding.py), which rows stay (splits.py), batches (models/batches.py).
+Not here: what is done to one crystal (encoding.py), which rows stay (splits.py), batches
+(training/batches.py).
 """
 
 import hashlib

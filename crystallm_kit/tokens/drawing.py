@@ -15,12 +15,12 @@ crystal (tasks.py) have prompts and answers of their own; an epoch gives each cr
 
 Deterministic: (seed, epoch) fixes the epoch. Drawing 27,000 crystals takes a twentieth of a second and their
 file has 6 MB, so epochs are drawn where the training runs. As a command it writes drawn epochs as the arrays
-that models/batches.py reads:
+that training/batches.py reads:
 
     python -m crystallm_kit.tokens.drawing corpus.npz --epochs 40 --out drawn.npz
 
 Legend: N crystals, S sequences (texts, prompts or parts of prompts), E element sequences.
-Not here: where texts and parts come from (corpus.py), batches (models/batches.py).
+Not here: where texts and parts come from (corpus.py), batches (training/batches.py).
 """
 
 import argparse
@@ -446,7 +446,7 @@ def write_stored(
 
 
 def write_drawn(corpus: StoredCorpus, path: str | Path, n_epochs: int) -> None:
-    """Write drawn epochs as the arrays that models/batches.ArraySource reads."""
+    """Write drawn epochs as the arrays that training/batches.ArraySource reads."""
     arrays: dict[str, np.ndarray] = {"info": np.array(json.dumps(recipe_to_dict(corpus.info)))}
     drawn = [(f"_{epoch}", "", corpus.examples(epoch)) for epoch in range(n_epochs)]
     for after, before, examples in [*drawn, ("", "validation_", corpus.validation())]:

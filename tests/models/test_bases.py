@@ -21,10 +21,10 @@ from crystallm_kit.models.bases import (
     packing_problem,
 )
 from crystallm_kit.models.checkpoints import Manifest, load_model_folder, save_model
-from crystallm_kit.models.training_loss import ATTENTION, attention
 from crystallm_kit.recipes import from_dict
 from crystallm_kit.text.prompts import template_named
 from crystallm_kit.tokens.drawing import StoredInfo, VocabularyInfo
+from crystallm_kit.training.loss import ATTENTION, attention
 
 FAMILY_NAMES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "gpt2")
 families = pytest.mark.parametrize("family", FAMILY_NAMES)

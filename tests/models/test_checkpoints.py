@@ -175,7 +175,7 @@ def test_heads_that_do_not_divide_the_width_are_refused_with_the_key():
 
 
 def _recipe():
-    from crystallm_kit.models.training_recipe import TrainingRecipe
+    from crystallm_kit.training.recipe import TrainingRecipe
 
     return TrainingRecipe
 

@@ -8,7 +8,6 @@ from pymatgen.core.lattice import Lattice
 from pymatgen.core.structure import Structure
 
 from crystallm_kit.errors import EmptyInput, ReadError
-from crystallm_kit.models.batches import ArraySource
 from crystallm_kit.records import Crystal
 from crystallm_kit.text.conditions import conditions_set
 from crystallm_kit.text.prompts import template_named, training_conditions
@@ -21,6 +20,7 @@ from crystallm_kit.tokens.drawing import (
     write_stored,
 )
 from crystallm_kit.tokens.encoding import CrystalEncoder, EncodingRecipe
+from crystallm_kit.training.batches import ArraySource
 
 PEROVSKITE = Crystal(
     "BaTiO3",  # AFLOW AB3C_cP5_221_a_c_b

@@ -1,6 +1,6 @@
 """DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054), stages 1 and 2, behind the training loop.
 
-    accelerate launch --config_file finetune/accelerate-deepspeed-zero2.yaml -m crystallm_kit.models.training
+    accelerate launch --config_file finetune/accelerate-deepspeed-zero2.yaml -m crystallm_kit.training
     RECIPE.yaml --out runs/a
 
 Each GPU holds all weights, and its share of AdamW's moments and of the float32 weights that they change

@@ -1,6 +1,6 @@
 """What is looked at before a training run's first step: lengths, labels, memory, and one batch by heart.
 
-    python -m crystallm_kit.models.preflight finetune/llama-70b-qlora.yaml --gpu-gb 80 --gpus 1
+    python -m crystallm_kit.training.preflight finetune/llama-70b-qlora.yaml --gpu-gb 80 --gpus 1
 
     memory of each GPU, estimated                 GB
     frozen weights (nf4, double)               39.52
@@ -34,17 +34,17 @@ import torch
 
 from crystallm_kit.errors import EmptyInput, RecipeError, TrainingError, UserError
 from crystallm_kit.models.bases import check_base, max_positions, packing_problem
-from crystallm_kit.models.batches import Layout, open_source
-from crystallm_kit.models.learner import BASE_MAX_LENGTH
-from crystallm_kit.models.memory import (
+from crystallm_kit.tokens.drawing import Examples, VocabularyInfo
+from crystallm_kit.training.batches import Layout, open_source
+from crystallm_kit.training.learner import BASE_MAX_LENGTH
+from crystallm_kit.training.memory import (
     CONTEXT_BYTES,
     MemoryEstimate,
     memory_estimate,
     scratch_config,
     shape_of_pass,
 )
-from crystallm_kit.models.training_recipe import TrainingRecipe, load_training_recipe
-from crystallm_kit.tokens.drawing import Examples, VocabularyInfo
+from crystallm_kit.training.recipe import TrainingRecipe, load_training_recipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -430,7 +430,7 @@ def check(
 def main(arguments: list[str] | None = None) -> int:
     """Show what memory a recipe needs; return the exit code (1: it does not fit; 2: a user's mistake)."""
     parser = argparse.ArgumentParser(
-        prog="python -m crystallm_kit.models.preflight", description="Estimate the GPU memory of a recipe."
+        prog="python -m crystallm_kit.training.preflight", description="Estimate the GPU memory of a recipe."
     )
     parser.add_argument("recipe", type=Path)
     parser.add_argument(

@@ -8,7 +8,7 @@ Only weights that train are kept: a LoRA run's checkpoint has megabytes, whateve
 name when everything in it is on the disk; one without a name begins with a dot and is never read. Written by
 any number of processes, a checkpoint is read by any other number.
 
-Not here: what is in a run's state (training.py), the finished model's folder (checkpoints.py).
+Not here: what is in a run's state (loop.py), the finished model's folder (models/checkpoints.py).
 """
 
 import errno
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from crystallm_kit.models.checkpoints import replace_folder
-from crystallm_kit.models.distribution import Distribution, full
+from crystallm_kit.training.distribution import Distribution, full
 
 STATE = "state.pt"
 _KEPT = 2

@@ -17,28 +17,28 @@ import yaml
 
 from crystallm_kit.errors import RecipeError
 from crystallm_kit.models.bases import BaseRecipe, LoraRecipe, load_base
-from crystallm_kit.models.batches import write_arrays
 from crystallm_kit.models.checkpoints import ModelRecipe
-from crystallm_kit.models.distribution import Distribution, full, is_first_to_tell, local
-from crystallm_kit.models.learner import layout_of
-from crystallm_kit.models.training import train
-from crystallm_kit.models.training_recipe import (
+from crystallm_kit.recipes import recipe_to_dict
+from crystallm_kit.tokens.drawing import Examples, StoredInfo, VocabularyInfo
+from crystallm_kit.training.batches import write_arrays
+from crystallm_kit.training.distribution import Distribution, full, is_first_to_tell, local
+from crystallm_kit.training.learner import layout_of
+from crystallm_kit.training.loop import train
+from crystallm_kit.training.recipe import (
     DataRecipe,
     OptimizerRecipe,
     ScheduleRecipe,
     TrainingRecipe,
 )
-from crystallm_kit.recipes import recipe_to_dict
-from crystallm_kit.tokens.drawing import Examples, StoredInfo, VocabularyInfo
 
 ROOT = Path(__file__).parents[2]
 # 310 tokens of the base in 320 rows; 14 new ones need four rows more.
 VOCABULARY = VocabularyInfo(324, 0, 1, None, {}, 310)
-TRAINING = ["-m", "crystallm_kit.models.training"]
+TRAINING = ["-m", "crystallm_kit.training.loop"]
 # Runs several recipes one after another: starting Python twice takes longer than they do.
 DRIVER = """
 import sys
-from crystallm_kit.models.training import main
+from crystallm_kit.training.loop import main
 for job in sys.argv[1:]:
     recipe, out, *settings = job.split(",")
     assert main([recipe, "--out", out, *(f"--set={setting}" for setting in settings)]) == 0, job

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from crystallm_kit.errors import EmptyInput, ReadError
-from crystallm_kit.models.batches import (
+from crystallm_kit.tokens.drawing import Examples, StoredInfo, VocabularyInfo
+from crystallm_kit.training.batches import (
     IGNORED,
     ArraySource,
     DeviceExamples,
@@ -13,7 +14,6 @@ from crystallm_kit.models.batches import (
     open_source,
     write_arrays,
 )
-from crystallm_kit.tokens.drawing import Examples, StoredInfo, VocabularyInfo
 
 INFO = StoredInfo(VocabularyInfo(50, 0, 1, None, {"Na": 5}), "wyckoff", {"decimals": 4}, "kit-1", "ab" * 32)
 

@@ -7,7 +7,7 @@
 Only weights that train are the optimizer's, the mean's and the checkpoint's: all of a model from scratch,
 LoRA's of a fine-tuned one. They are float32; the forward pass is bfloat16 (autocast) on a GPU.
 
-Not here: when to step, validate, save and stop (training.py); what a base is (bases.py).
+Not here: when to step, validate, save and stop (loop.py); what a base is (models/bases.py).
 """
 
 import contextlib
@@ -21,11 +21,11 @@ from torch import nn
 
 from crystallm_kit.errors import RecipeError
 from crystallm_kit.models import bases
-from crystallm_kit.models.batches import Batch, Layout
 from crystallm_kit.models.checkpoints import Manifest, new_model, save_model
-from crystallm_kit.models.distribution import Distribution, local
-from crystallm_kit.models.run_state import copy_whole, whole_on_main
-from crystallm_kit.models.training_loss import (
+from crystallm_kit.tokens.drawing import StoredInfo
+from crystallm_kit.training.batches import Batch, Layout
+from crystallm_kit.training.distribution import Distribution, local
+from crystallm_kit.training.loss import (
     ATTENTION,
     SummedLoss,
     add_noise,
@@ -34,8 +34,8 @@ from crystallm_kit.models.training_loss import (
     compile_layers,
     decoder_layers,
 )
-from crystallm_kit.models.training_recipe import TrainingRecipe
-from crystallm_kit.tokens.drawing import StoredInfo
+from crystallm_kit.training.recipe import TrainingRecipe
+from crystallm_kit.training.run_state import copy_whole, whole_on_main
 
 # Dense bf16 peak in FLOP/s by the vendors' datasheets, for model FLOP utilisation.
 _PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}

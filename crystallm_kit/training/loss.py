@@ -6,7 +6,7 @@ The model stays what it is: attention is exchanged through transformers' table o
 on the residual stream is a hook.
 
 Legend: B rows, T positions, V vocabulary.
-Not here: the loop (training.py), batches (batches.py).
+Not here: the loop (loop.py), batches (batches.py).
 """
 
 import inspect
@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from crystallm_kit.errors import RecipeError
-from crystallm_kit.models.batches import IGNORED
+from crystallm_kit.training.batches import IGNORED
 
 ATTENTION = "crystallm_kit_training"  # key of `attention` in transformers' table of attention functions
 

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from crystallm_kit.errors import ModelError
-from crystallm_kit.models.zero import Zero
+from crystallm_kit.training.zero import Zero
 
 Sharding = Literal["none", "fsdp"]
 

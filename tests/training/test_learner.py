@@ -1,4 +1,4 @@
-"""learner.py and training_loss.py: what learns, on which loss, at what cost."""
+"""learner.py and loss.py: what learns, on which loss, at what cost."""
 
 import dataclasses
 
@@ -7,15 +7,15 @@ import pytest
 import torch
 from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from crystallm_kit.models import training_loss
 from crystallm_kit.models.bases import BaseRecipe, LoraRecipe, load_base
-from crystallm_kit.models.batches import ArraySource, DeviceExamples, Layout, write_arrays
 from crystallm_kit.models.checkpoints import ModelRecipe, new_model
-from crystallm_kit.models.distribution import Distribution
-from crystallm_kit.models.learner import Learner, layout_of, matrix_weights
-from crystallm_kit.models.training_loss import ATTENTION, SummedLoss, add_noise, attention, decoder_layers
-from crystallm_kit.models.training_recipe import DataRecipe, TrainingRecipe
 from crystallm_kit.tokens.drawing import Examples, StoredInfo, VocabularyInfo
+from crystallm_kit.training import loss as loss_module
+from crystallm_kit.training.batches import ArraySource, DeviceExamples, Layout, write_arrays
+from crystallm_kit.training.distribution import Distribution
+from crystallm_kit.training.learner import Learner, layout_of, matrix_weights
+from crystallm_kit.training.loss import ATTENTION, SummedLoss, add_noise, attention, decoder_layers
+from crystallm_kit.training.recipe import DataRecipe, TrainingRecipe
 
 VOCABULARY = VocabularyInfo(32, 0, 1)
 CPU = torch.device("cpu")
@@ -54,8 +54,8 @@ def test_a_large_vocabulary_has_the_loss_and_gradient_of_a_small_one(toy, packed
         return loss.detach(), toy.model.embed_tokens.weight.grad.clone()
 
     plain = summed()
-    monkeypatch.setattr(training_loss, "_LARGE_VOCABULARY", 16)
-    monkeypatch.setattr(training_loss, "_PIECE", 7)
+    monkeypatch.setattr(loss_module, "_LARGE_VOCABULARY", 16)
+    monkeypatch.setattr(loss_module, "_PIECE", 7)
     pieces = summed()
     torch.testing.assert_close(pieces[0], plain[0], rtol=1e-6, atol=0)
     torch.testing.assert_close(pieces[1], plain[1], rtol=1e-4, atol=1e-5)
@@ -63,9 +63,9 @@ def test_a_large_vocabulary_has_the_loss_and_gradient_of_a_small_one(toy, packed
 
 def test_a_batch_without_labels_has_no_loss_and_a_gradient_of_zero(toy, monkeypatch):
     """A process that got only padding takes part in the step all the same."""
-    monkeypatch.setattr(training_loss, "_LARGE_VOCABULARY", 16)
+    monkeypatch.setattr(loss_module, "_LARGE_VOCABULARY", 16)
     batch = batches(False)[0]
-    empty = batch._replace(labels=torch.full_like(batch.labels, training_loss.IGNORED))
+    empty = batch._replace(labels=torch.full_like(batch.labels, loss_module.IGNORED))
     loss = SummedLoss(toy, "cpu", bfloat16=False)(*empty)
     loss.backward()
     assert loss.item() == 0

@@ -31,8 +31,8 @@ from statistics import median
 import torch
 
 from crystallm_kit.errors import CrystallmKitError, TrainingError
-from crystallm_kit.models.learner import BASE_MAX_LENGTH
-from crystallm_kit.models.training_recipe import TrainingRecipe
+from crystallm_kit.training.learner import BASE_MAX_LENGTH
+from crystallm_kit.training.recipe import TrainingRecipe
 
 _GPU_MEMORY = (
     "CUDA out of memory",
@@ -224,7 +224,7 @@ def _less_memory(recipe: TrainingRecipe, text: str) -> str:
             f"{unused[1]} GiB were held in pieces: PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before "
             "the command frees most of them."
         )
-    said.append("`python -m crystallm_kit.models.preflight RECIPE` shows what needs how much.")
+    said.append("`python -m crystallm_kit.training.preflight RECIPE` shows what needs how much.")
     return " ".join(said)
 
 

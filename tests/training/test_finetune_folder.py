@@ -19,11 +19,11 @@ from pymatgen.core import Lattice, Structure
 from crystallm_kit.cli import _parser
 from crystallm_kit.fine_tuning import fine_tune
 from crystallm_kit.models.checkpoints import load_model_folder, read_manifest
-from crystallm_kit.models.preflight import main as preflight
-from crystallm_kit.models.training_recipe import TrainingRecipe
 from crystallm_kit.recipes import load_recipe
 from crystallm_kit.records import Crystal
 from crystallm_kit.structures.writing import write
+from crystallm_kit.training.preflight import main as preflight
+from crystallm_kit.training.recipe import TrainingRecipe
 
 ROOT = Path(__file__).parents[2]
 FINETUNE = ROOT / "finetune"

@@ -29,12 +29,12 @@ import torch
 import yaml
 
 from crystallm_kit.models.bases import BaseRecipe, LoraRecipe, load_base
-from crystallm_kit.models.batches import TokenSource, open_source
 from crystallm_kit.models.checkpoints import ModelRecipe
-from crystallm_kit.models.peer_loops import CrystallmSettings, crystal_text_llm_loop, crystallm_loop
-from crystallm_kit.models.training import train
-from crystallm_kit.models.training_recipe import DataRecipe, OptimizerRecipe, ScheduleRecipe, TrainingRecipe
 from crystallm_kit.recipes import recipe_to_dict
+from crystallm_kit.training.batches import TokenSource, open_source
+from crystallm_kit.training.loop import train
+from crystallm_kit.training.peer_loops import CrystallmSettings, crystal_text_llm_loop, crystallm_loop
+from crystallm_kit.training.recipe import DataRecipe, OptimizerRecipe, ScheduleRecipe, TrainingRecipe
 
 PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 and H200, by the vendor's datasheet
 # As its config.json states it.
@@ -495,7 +495,7 @@ def _train_apart(run: Path, place: Place, sharding: Sharding, *, steps: int, n_p
     run.parent.mkdir(parents=True, exist_ok=True)
     path = run.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe_to_dict(recipe)), encoding="utf-8")
-    command = [*launcher(n_processes), "-m", "crystallm_kit.models.training", str(path), "--out", str(run)]
+    command = [*launcher(n_processes), "-m", "crystallm_kit.training.loop", str(path), "--out", str(run)]
     subprocess.run(command, env=environment(n_processes), check=True)
 
 

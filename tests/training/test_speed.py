@@ -10,11 +10,13 @@ import pytest
 import torch
 from pymatgen.core import Lattice, Structure
 
-from crystallm_kit.models.batches import open_source, write_arrays
-from crystallm_kit.models.peer_loops import CrystallmSettings, Gpt, crystallm_loop
-from crystallm_kit.models.speed import main, run_row, run_rows, table
-from crystallm_kit.models.speed_data import build
-from crystallm_kit.models.speed_rows import (
+from crystallm_kit.tokens.drawing import Examples, StoredInfo, VocabularyInfo
+from crystallm_kit.training.batches import open_source, write_arrays
+from crystallm_kit.training.loop import train
+from crystallm_kit.training.peer_loops import CrystallmSettings, Gpt, crystallm_loop
+from crystallm_kit.training.speed import main, run_row, run_rows, table
+from crystallm_kit.training.speed_data import build
+from crystallm_kit.training.speed_rows import (
     LLAMA_3_1_8B,
     ROWS,
     Clock,
@@ -24,8 +26,6 @@ from crystallm_kit.models.speed_rows import (
     llama_flops,
     lora_recipe,
 )
-from crystallm_kit.models.training import train
-from crystallm_kit.tokens.drawing import Examples, StoredInfo, VocabularyInfo
 
 
 @pytest.fixture(autouse=True)
@@ -296,7 +296,7 @@ def test_the_three_corpora_hold_the_same_small_crystals(crystal_files, tmp_path)
 
 
 def test_digits_are_tokens_of_their_own():
-    from crystallm_kit.models.speed_data import _byte_pairs
+    from crystallm_kit.training.speed_data import _byte_pairs
 
     tokenizer = _byte_pairs(["5.6 5.6 5.6\n90 90 90\nNa\n0.12 0.45 0.78"] * 20)
     ids = tokenizer("0.12 0.45\nNa", add_special_tokens=False)["input_ids"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from crystallm_kit.errors import MissingExtra, UnknownName
-from crystallm_kit.models.curves import Curves, check_track
+from crystallm_kit.training.curves import Curves, check_track
 
 ROOT = Path(__file__).parents[2]
 needs_tensorboard = pytest.mark.skipif(
@@ -121,7 +121,7 @@ def test_tensorboard_forgets_a_run_that_begins_anew(tmp_path):
 _PROGRAM = """
 import sys, time
 from pathlib import Path
-from crystallm_kit.models.curves import Curves
+from crystallm_kit.training.curves import Curves
 out, resume, last, then = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 curves = Curves(out, ("wandb",), {"seed": 1}, resume_step=resume)
 for step in range(resume + 1, last + 1):

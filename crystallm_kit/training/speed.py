@@ -1,8 +1,8 @@
 """The speed table: how fast the kit trains, beside how others train, on the machine at hand.
 
-    python -m crystallm_kit.models.speed --build-data mp_train.parquet --out data        # any machine
-    python -m crystallm_kit.models.speed lora crystal-text-llm --data data --out speed   # one GPU
-    python -m crystallm_kit.models.speed --list
+    python -m crystallm_kit.training.speed --build-data mp_train.parquet --out data        # any machine
+    python -m crystallm_kit.training.speed lora crystal-text-llm --data data --out speed   # one GPU
+    python -m crystallm_kit.training.speed --list
 
 Weights are random and architectures real; texts are real (speed_data.py). Each row runs in a process of its
 own, in two under torchrun where two GPUs are measured, is ended after `--seconds` of timed steps, and adds
@@ -19,7 +19,7 @@ are those of prompts and texts, padding left out. FLOPs of a token:
 Attention (a few per cent at these lengths) and what gradient checkpointing computes again are left out. MFU
 is tokens/s x that over 989 TFLOP/s a GPU. "6N" counts 6 for every weight, frozen or not, the head everywhere.
 
-Not here: what rows are (speed_rows.py), the loops (training.py, peer_loops.py), texts (speed_data.py).
+Not here: what rows are (speed_rows.py), the loops (loop.py, peer_loops.py), texts (speed_data.py).
 """
 
 import argparse
@@ -37,7 +37,7 @@ import torch
 
 from crystallm_kit.errors import UserError
 from crystallm_kit.models.checkpoints import git_commit, library_versions
-from crystallm_kit.models.speed_rows import RATIOS, ROWS, Place, environment, launcher
+from crystallm_kit.training.speed_rows import RATIOS, ROWS, Place, environment, launcher
 
 _SHORTEST_SECONDS = 30.0
 
@@ -69,7 +69,7 @@ def run_row(name: str, place: Place, timeout_seconds: float) -> dict[str, Any]:
     row = ROWS[name]
     log, result = place.out / f"{name}.log", place.out / f"{name}.json"
     result.unlink(missing_ok=True)
-    command = [*launcher(row.n_processes), "-m", "crystallm_kit.models.speed", name, "--inside"]
+    command = [*launcher(row.n_processes), "-m", "crystallm_kit.training.speed", name, "--inside"]
     command += ["--data", str(place.data), "--out", str(place.out), "--seconds", str(place.seconds)]
     with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
@@ -190,7 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m crystallm_kit.models.speed", description="Measure how fast models train."
+        prog="python -m crystallm_kit.training.speed", description="Measure how fast models train."
     )
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--list", action="store_true", help="say what the rows are")
@@ -207,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _build(options: argparse.Namespace) -> int:
-    from crystallm_kit.models.speed_data import BASE_VOCABULARY, build
+    from crystallm_kit.training.speed_data import BASE_VOCABULARY, build
 
     vocabulary = 4_096 if options.toy else BASE_VOCABULARY
     means = build(options.build_data, options.out, n_crystals=options.crystals, base_vocabulary=vocabulary)

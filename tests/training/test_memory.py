@@ -7,18 +7,18 @@ import torch
 
 from crystallm_kit.models import bases
 from crystallm_kit.models.bases import BaseRecipe, LoraRecipe
-from crystallm_kit.models.batches import Layout
 from crystallm_kit.models.checkpoints import ModelRecipe
-from crystallm_kit.models.memory import (
+from crystallm_kit.tokens.drawing import VocabularyInfo
+from crystallm_kit.training.batches import Layout
+from crystallm_kit.training.loss import SummedLoss, add_residual_dropout, attention
+from crystallm_kit.training.memory import (
     LiveBytes,
     MemoryEstimate,
     memory_estimate,
     scratch_config,
     shape_of_pass,
 )
-from crystallm_kit.models.training_loss import SummedLoss, add_residual_dropout, attention
-from crystallm_kit.models.training_recipe import TrainingRecipe
-from crystallm_kit.tokens.drawing import VocabularyInfo
+from crystallm_kit.training.recipe import TrainingRecipe
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")

@@ -23,7 +23,7 @@ Taken as they are: sizes of the CUDA context, of NCCL's buffers, and what torch.
 Not in it: memory that the allocator holds without using it.
 
 Legend: B rows, T positions, S sequence, H heads.
-Not here: what to do about it (preflight.py), the run (training.py).
+Not here: what to do about it (preflight.py), the run (loop.py).
 """
 
 import copy
@@ -42,10 +42,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from crystallm_kit.models import bases
-from crystallm_kit.models.batches import LENGTH_MULTIPLE, Layout
-from crystallm_kit.models.training_loss import SummedLoss, add_residual_dropout, decoder_layers
-from crystallm_kit.models.training_recipe import TrainingRecipe
 from crystallm_kit.tokens.drawing import VocabularyInfo
+from crystallm_kit.training.batches import LENGTH_MULTIPLE, Layout
+from crystallm_kit.training.loss import SummedLoss, add_residual_dropout, decoder_layers
+from crystallm_kit.training.recipe import TrainingRecipe
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -327,7 +327,7 @@ class _Facts:
 
     @property
     def is_compiled(self) -> bool:
-        # training.py compiles no quantised layers; checkpointed ones keep their inputs, compiled or not
+        # loop.py compiles no quantised layers; checkpointed ones keep their inputs, compiled or not
         is_checkpointed = self.recipe.base is not None and self.recipe.base.gradient_checkpointing
         return (
             self.recipe.compile
@@ -459,7 +459,7 @@ def _flash(
     is_packed: bool,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    if is_packed and key.shape[1] != query.shape[1]:  # as training_loss.attention does for the flash kernel
+    if is_packed and key.shape[1] != query.shape[1]:  # as loss.attention does for the flash kernel
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     return cast(torch.Tensor, _Flash.apply(query, key, value)), None  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
 """The texts that the speed table trains on: the same real crystals in three formats, as token arrays.
 
-    python -m crystallm_kit.models.speed --build-data mp_train.parquet --out data
+    python -m crystallm_kit.training.speed --build-data mp_train.parquet --out data
 
     data/compact.npz   English prompts and texts of Crystal-text-LLM (`compact` at its decimals), for a base
     data/wyckoff.npz   the kit's own prompts and texts (kit-1, `wyckoff`), drawn anew for each epoch; each
@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from crystallm_kit.errors import EmptyInput, EncodeError, ParseError
-from crystallm_kit.models.batches import write_arrays
 from crystallm_kit.tokens.drawing import (
     ConditionDropping,
     Examples,
@@ -35,6 +34,7 @@ from crystallm_kit.tokens.drawing import (
     running_sums,
     write_stored,
 )
+from crystallm_kit.training.batches import write_arrays
 
 if TYPE_CHECKING:
     from crystallm_kit.records import Crystal

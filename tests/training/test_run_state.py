@@ -18,9 +18,18 @@ import torch
 import yaml
 
 from crystallm_kit.models.bases import BaseRecipe, LoraRecipe
-from crystallm_kit.models.batches import write_arrays
-from crystallm_kit.models.distribution import Distribution
-from crystallm_kit.models.run_state import (
+from crystallm_kit.recipes import recipe_to_dict
+from crystallm_kit.tokens.drawing import Examples, StoredInfo, VocabularyInfo
+from crystallm_kit.training.batches import write_arrays
+from crystallm_kit.training.distribution import Distribution
+from crystallm_kit.training.loop import train
+from crystallm_kit.training.recipe import (
+    DataRecipe,
+    OptimizerRecipe,
+    ScheduleRecipe,
+    TrainingRecipe,
+)
+from crystallm_kit.training.run_state import (
     checkpoint_folders,
     copy_whole,
     last_step,
@@ -31,15 +40,6 @@ from crystallm_kit.models.run_state import (
     save_weights,
     whole_on_main,
 )
-from crystallm_kit.models.training import train
-from crystallm_kit.models.training_recipe import (
-    DataRecipe,
-    OptimizerRecipe,
-    ScheduleRecipe,
-    TrainingRecipe,
-)
-from crystallm_kit.recipes import recipe_to_dict
-from crystallm_kit.tokens.drawing import Examples, StoredInfo, VocabularyInfo
 
 ROOT = Path(__file__).parents[2]
 
@@ -200,7 +200,7 @@ def test_a_lora_run_killed_anywhere_has_the_losses_of_one_that_was_not(tmp_path,
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe_to_dict(recipe)))
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "crystallm_kit.models.training", str(path), "--out", str(out)]
+    command = [sys.executable, "-m", "crystallm_kit.training.loop", str(path), "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120

@@ -1,4 +1,4 @@
-"""training.py: the loop learns, resumes to the same losses after a kill, and stops with a reason."""
+"""loop.py: the loop learns, resumes to the same losses after a kill, and stops with a reason."""
 
 import dataclasses
 import json
@@ -15,19 +15,19 @@ import pytest
 import torch
 
 from crystallm_kit.errors import RecipeError, TrainingError
-from crystallm_kit.models.batches import ArraySource, DeviceExamples, Layout, write_arrays
 from crystallm_kit.models.checkpoints import ModelRecipe, new_model, read_manifest
-from crystallm_kit.models.training import main, train
-from crystallm_kit.models.training_loss import SummedLoss, add_residual_dropout
-from crystallm_kit.models.training_recipe import (
+from crystallm_kit.recipes import recipe_to_dict
+from crystallm_kit.tokens.drawing import Examples, StoredInfo, VocabularyInfo
+from crystallm_kit.training.batches import ArraySource, DeviceExamples, Layout, write_arrays
+from crystallm_kit.training.loop import main, train
+from crystallm_kit.training.loss import SummedLoss, add_residual_dropout
+from crystallm_kit.training.recipe import (
     DataRecipe,
     OptimizerRecipe,
     ScheduleRecipe,
     TrainingRecipe,
     learning_rate,
 )
-from crystallm_kit.recipes import recipe_to_dict
-from crystallm_kit.tokens.drawing import Examples, StoredInfo, VocabularyInfo
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = VocabularyInfo(32, 0, 1, None, {"Na": 5, "K": 6, "Cl": 7})
@@ -95,7 +95,7 @@ def start(recipe: TrainingRecipe, out: Path) -> subprocess.Popen:
 
     path = out.with_suffix(".yaml")
     path.write_text(yaml.safe_dump(recipe_to_dict(recipe)))
-    command = [sys.executable, "-m", "crystallm_kit.models.training", str(path), "--out", str(out)]
+    command = [sys.executable, "-m", "crystallm_kit.training.loop", str(path), "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -301,7 +301,7 @@ def toy_loss(
     model = new_model(recipe, VOCABULARY, seed=1).train()
     from transformers import AttentionInterface
 
-    from crystallm_kit.models.training_loss import attention
+    from crystallm_kit.training.loss import attention
 
     AttentionInterface.register("crystallm_kit_training", attention)
     model.config._attn_implementation = "crystallm_kit_training"
@@ -389,7 +389,7 @@ def test_the_command_prints_a_mistake_and_exits_with_two(corpus, tmp_path, capsy
 
 def test_training_imports_neither_pymatgen_nor_transformers_until_it_runs():
     code = (
-        "import sys, crystallm_kit.models.training\n"
+        "import sys, crystallm_kit.training.loop\n"
         "print([m for m in ('pymatgen', 'transformers', 'datasets', 'moyopy') if m in sys.modules])"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -416,7 +416,7 @@ def test_two_processes_take_the_steps_of_one_and_one_resumes_them(recipe, tmp_pa
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29591"]
     command += [
         "-m",
-        "crystallm_kit.models.training",
+        "crystallm_kit.training.loop",
         str(tmp_path / "r.yaml"),
         "--out",
         str(tmp_path / "two"),

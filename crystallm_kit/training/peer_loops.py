@@ -11,7 +11,7 @@ every access), and attention is PyTorch's fused kernel.
 
 Sources: Crystal-text-LLM (Gruver et al. 2024, arXiv:2402.04379; llama_finetune.py at 6c97730). CrystaLLM
 (Antunes et al. 2024, Nat. Commun. 15, 10570; bin/train.py and config/crystallm_v1_small.yaml at 9554e1b).
-Not here: the kit's own loop (training.py), what is measured (speed.py).
+Not here: the kit's own loop (loop.py), what is measured (speed.py).
 """
 
 import math
@@ -25,8 +25,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from crystallm_kit.models.batches import IGNORED
 from crystallm_kit.tokens.drawing import Examples
+from crystallm_kit.training.batches import IGNORED
 
 OnStep = Callable[[int, float], bool]  # (tokens, crystals) of a step -> whether to stop
 

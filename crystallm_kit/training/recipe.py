@@ -2,7 +2,7 @@
 
     recipe = load_training_recipe("finetune/llama-scratch-wyckoff-mp.yaml", ("optimizer.lr=5e-4",))
 
-Not here: reading YAML (recipes.py), the loop that follows it (training.py).
+Not here: reading YAML (recipes.py), the loop that follows it (loop.py).
 """
 
 import math

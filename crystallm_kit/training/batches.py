@@ -16,7 +16,7 @@ A step is a random sample of the epoch either way. (seed, epoch) fixes every bat
 step.
 
 Legend: B rows, T positions, N examples, S sequences of a pack.
-Not here: where examples come from (tokens/corpus.py prepares them), the loop (training.py).
+Not here: where examples come from (tokens/corpus.py prepares them), the loop (loop.py).
 """
 
 import hashlib

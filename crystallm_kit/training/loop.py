@@ -1,6 +1,6 @@
 """Training: one resumable loop over accelerate, from token arrays to a model folder or an adapter.
 
-    python -m crystallm_kit.models.training finetune/llama-scratch-wyckoff-mp.yaml --npz corpus.npz --out
+    python -m crystallm_kit.training finetune/llama-scratch-wyckoff-mp.yaml --npz corpus.npz --out
     runs/a
 
 On the screen, one line per `log_every` steps:
@@ -38,16 +38,20 @@ import torch
 import yaml
 
 from crystallm_kit.errors import RecipeError, TrainingError, UserError
-from crystallm_kit.models import bases, preflight
-from crystallm_kit.models.batches import DeviceExamples, Step, TokenSource, open_source
+from crystallm_kit.models import bases
 from crystallm_kit.models.checkpoints import Manifest, git_commit, library_versions
-from crystallm_kit.models.curves import Curves
-from crystallm_kit.models.distribution import Distribution, is_first_to_tell
-from crystallm_kit.models.failures import GradientWatch, diverged, explain
-from crystallm_kit.models.learner import Learner, layout_of
-from crystallm_kit.models.memory import scratch_config
-from crystallm_kit.models.progress import Screen, silence_libraries
-from crystallm_kit.models.run_state import (
+from crystallm_kit.recipes import recipe_to_dict
+from crystallm_kit.tokens.drawing import Examples
+from crystallm_kit.training import preflight
+from crystallm_kit.training.batches import DeviceExamples, Step, TokenSource, open_source
+from crystallm_kit.training.curves import Curves
+from crystallm_kit.training.distribution import Distribution, is_first_to_tell
+from crystallm_kit.training.failures import GradientWatch, diverged, explain
+from crystallm_kit.training.learner import Learner, layout_of
+from crystallm_kit.training.memory import scratch_config
+from crystallm_kit.training.progress import Screen, silence_libraries
+from crystallm_kit.training.recipe import TrainingRecipe, learning_rate, load_training_recipe
+from crystallm_kit.training.run_state import (
     checkpoint_folders,
     last_step,
     read_facts,
@@ -56,9 +60,6 @@ from crystallm_kit.models.run_state import (
     save_checkpoint,
     save_weights,
 )
-from crystallm_kit.models.training_recipe import TrainingRecipe, learning_rate, load_training_recipe
-from crystallm_kit.recipes import recipe_to_dict
-from crystallm_kit.tokens.drawing import Examples
 
 # Looks at the model as it is after some steps: (model in evaluation mode, step) -> numbers by name.
 OnSamples = Callable[[Any, int], dict[str, float]]
@@ -615,7 +616,7 @@ def _flat(data: dict[str, Any], before: str = "") -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """Run a recipe from the command line; return the exit code (2 for a user's mistake)."""
     parser = argparse.ArgumentParser(
-        prog="python -m crystallm_kit.models.training", description="Train a model from a recipe."
+        prog="python -m crystallm_kit.training", description="Train a model from a recipe."
     )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--npz", type=Path, help="token arrays; wins over the recipe's data.corpus")

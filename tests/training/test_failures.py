@@ -15,8 +15,8 @@ import torch
 from crystallm_kit.errors import RecipeError, TrainingError
 from crystallm_kit.models.bases import BaseRecipe
 from crystallm_kit.models.checkpoints import ModelRecipe
-from crystallm_kit.models.failures import GradientWatch, diverged, explain
-from crystallm_kit.models.training_recipe import OptimizerRecipe, ScheduleRecipe, TrainingRecipe
+from crystallm_kit.training.failures import GradientWatch, diverged, explain
+from crystallm_kit.training.recipe import OptimizerRecipe, ScheduleRecipe, TrainingRecipe
 
 ROOT = Path(__file__).parents[2]
 RECIPE = TrainingRecipe(
@@ -77,8 +77,8 @@ def test_a_process_that_may_have_no_more_memory_is_told_so():
     """The limit is set on a process of its own, and the allocations fail there for real."""
     code = (
         "import resource, numpy, torch\n"
-        "from tests.models.test_failures import RECIPE\n"
-        "from crystallm_kit.models.failures import explain\n"
+        "from tests.training.test_failures import RECIPE\n"
+        "from crystallm_kit.training.failures import explain\n"
         "resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))\n"
         "for n in (lambda: torch.empty(10**10), lambda: numpy.ones(10**10), lambda: bytearray(10**11)):\n"
         "    try: n()\n"
@@ -190,8 +190,8 @@ def test_a_checkpoint_that_cannot_be_read_is_no_full_disk(tmp_path):
 SURVIVOR = """
 import datetime, os, signal, sys, time
 import torch.distributed as distributed, torch
-from tests.models.test_failures import RECIPE
-from crystallm_kit.models.failures import explain
+from tests.training.test_failures import RECIPE
+from crystallm_kit.training.failures import explain
 
 rank = int(os.environ["RANK"])
 distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=10))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from crystallm_kit.models.training_loss import ATTENTION
+from crystallm_kit.training.loss import ATTENTION
 
 
 def device_type() -> str:

@@ -15,18 +15,18 @@ import yaml
 
 from crystallm_kit.errors import RecipeError
 from crystallm_kit.models.bases import BaseRecipe, LoraRecipe
-from crystallm_kit.models.batches import write_arrays
 from crystallm_kit.models.checkpoints import ModelRecipe
-from crystallm_kit.models.training import train
-from crystallm_kit.models.training_recipe import (
+from crystallm_kit.recipes import recipe_to_dict
+from crystallm_kit.tokens.drawing import Examples, StoredInfo, VocabularyInfo
+from crystallm_kit.training.batches import write_arrays
+from crystallm_kit.training.loop import train
+from crystallm_kit.training.recipe import (
     DataRecipe,
     OptimizerRecipe,
     ScheduleRecipe,
     TrainingRecipe,
 )
-from crystallm_kit.models.zero import engine_config
-from crystallm_kit.recipes import recipe_to_dict
-from crystallm_kit.tokens.drawing import Examples, StoredInfo, VocabularyInfo
+from crystallm_kit.training.zero import engine_config
 
 ROOT = Path(__file__).parents[2]
 # Starts recipes with the environment that `accelerate launch --config_file` gives its processes.
@@ -40,7 +40,7 @@ options, defaults, _ = _validate_launch_command(given)
 options.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
 _, environment = prepare_deepspeed_cmd_env(options)
 os.environ.update({name: value for name, value in environment.items() if name.startswith("ACCELERATE_")})
-from crystallm_kit.models.training import main
+from crystallm_kit.training.loop import main
 for job in jobs:
     recipe, out, *settings = job.split(",")
     assert main([recipe, "--out", out, *(f"--set={setting}" for setting in settings)]) == 0, job

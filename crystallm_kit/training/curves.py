@@ -14,7 +14,7 @@ mirror its numbers under the same names:
                   may those of the last half minute come twice. WANDB_MODE, WANDB_PROJECT and WANDB_ENTITY
                   are obeyed; after WANDB_MODE=offline, `wandb sync <run>/wandb/offline-run-*` sends it
 
-Not here: progress on the screen (progress.py), what is measured (training.py, fine_tuning.py).
+Not here: progress on the screen (progress.py), what is measured (loop.py, fine_tuning.py).
 Sources: https://docs.wandb.ai/guides/runs/resuming; torch.utils.tensorboard.SummaryWriter (`purge_step`).
 """
 

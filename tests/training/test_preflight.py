@@ -11,10 +11,11 @@ import yaml
 
 from crystallm_kit.errors import EmptyInput, RecipeError, TrainingError
 from crystallm_kit.models.bases import BaseRecipe
-from crystallm_kit.models.batches import Layout
 from crystallm_kit.models.checkpoints import ModelRecipe
-from crystallm_kit.models.memory import memory_estimate, scratch_config
-from crystallm_kit.models.preflight import (
+from crystallm_kit.tokens.drawing import Examples, VocabularyInfo
+from crystallm_kit.training.batches import Layout
+from crystallm_kit.training.memory import memory_estimate, scratch_config
+from crystallm_kit.training.preflight import (
     HOPELESS,
     TIGHT,
     check,
@@ -27,8 +28,7 @@ from crystallm_kit.models.preflight import (
     main,
     planned_layout,
 )
-from crystallm_kit.models.training_recipe import DataRecipe, OptimizerRecipe, TrainingRecipe
-from crystallm_kit.tokens.drawing import Examples, VocabularyInfo
+from crystallm_kit.training.recipe import DataRecipe, OptimizerRecipe, TrainingRecipe
 
 VOCABULARY = VocabularyInfo(32, 0, 1)
 RECIPE = TrainingRecipe(
