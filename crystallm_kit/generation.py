@@ -108,7 +108,7 @@ def load_model(
         folder, base = shipped_model_folder() if path is None else model_folder(str(path)), None
     _set_threads(weights_folder(folder, base))
     from crystallm_kit.engines.transformers_local import TransformersEngine
-    from crystallm_kit.models.checkpoints import load_model_folder
+    from crystallm_kit.models.loading import load_model_folder
 
     network, tokenizer, manifest = load_model_folder(
         folder,

@@ -13,7 +13,8 @@ from crystallm_kit.engines.transformers_local import TransformersEngine
 from crystallm_kit.errors import ModelError
 from crystallm_kit.generation import generate, load_model, takes_requests
 from crystallm_kit.models.bases import BaseRecipe, LoraRecipe, load_base, save_adapter
-from crystallm_kit.models.checkpoints import Manifest, load_model_folder, save_model
+from crystallm_kit.models.checkpoints import Manifest, save_model
+from crystallm_kit.models.loading import load_model_folder
 from crystallm_kit.records import Conditions
 from crystallm_kit.text.prompts import template_named
 from crystallm_kit.tokens.drawing import VocabularyInfo

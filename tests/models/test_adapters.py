@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from crystallm_kit.errors import MissingExtra, ModelError, UnknownName
 from crystallm_kit.models.adapters import merge_adapter
 from crystallm_kit.models.bases import BaseRecipe, LoraRecipe, load_base, save_adapter
-from crystallm_kit.models.checkpoints import Manifest, load_model_folder
+from crystallm_kit.models.checkpoints import Manifest
+from crystallm_kit.models.loading import load_model_folder
 from crystallm_kit.text.prompts import template_named
 from crystallm_kit.tokens.drawing import VocabularyInfo
 

@@ -20,7 +20,8 @@ from crystallm_kit.models.bases import (
     max_positions,
     packing_problem,
 )
-from crystallm_kit.models.checkpoints import Manifest, load_model_folder, save_model
+from crystallm_kit.models.checkpoints import Manifest, save_model
+from crystallm_kit.models.loading import load_model_folder
 from crystallm_kit.recipes import from_dict
 from crystallm_kit.text.prompts import template_named
 from crystallm_kit.tokens.drawing import StoredInfo, VocabularyInfo

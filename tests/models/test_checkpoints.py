@@ -13,11 +13,11 @@ from crystallm_kit.errors import ModelError, RecipeError
 from crystallm_kit.models.checkpoints import (
     Manifest,
     ModelRecipe,
-    load_model_folder,
     new_model,
     save_model,
 )
 from crystallm_kit.models.element_embedding import ELEMENTS, element_features, element_rows, period_and_group
+from crystallm_kit.models.loading import load_model_folder
 from crystallm_kit.recipes import from_dict
 from crystallm_kit.tokens.drawing import VocabularyInfo
 

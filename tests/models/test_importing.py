@@ -18,7 +18,7 @@ from crystallm_kit.cli import main
 from crystallm_kit.engines.engine import Prompt, Sampling
 from crystallm_kit.errors import ModelError, ParseError, UnknownName
 from crystallm_kit.generation import complete_crystal, generate, infill, judge, load_model
-from crystallm_kit.models.checkpoints import load_model_folder, read_manifest
+from crystallm_kit.models.checkpoints import read_manifest
 from crystallm_kit.models.importing import (
     crystallm_config,
     import_crystallm,
@@ -26,6 +26,7 @@ from crystallm_kit.models.importing import (
     import_model,
     read_checkpoint,
 )
+from crystallm_kit.models.loading import load_model_folder
 from crystallm_kit.records import Completion, Conditions
 from crystallm_kit.text.cif_tables import vocabulary
 from crystallm_kit.tokens.tokenizer import encode_strict

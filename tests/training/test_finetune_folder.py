@@ -18,7 +18,8 @@ from pymatgen.core import Lattice, Structure
 
 from crystallm_kit.cli import _parser
 from crystallm_kit.fine_tuning import fine_tune
-from crystallm_kit.models.checkpoints import load_model_folder, read_manifest
+from crystallm_kit.models.checkpoints import read_manifest
+from crystallm_kit.models.loading import load_model_folder
 from crystallm_kit.recipes import load_recipe
 from crystallm_kit.records import Crystal
 from crystallm_kit.structures.writing import write
