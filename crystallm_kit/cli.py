@@ -281,6 +281,11 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         help="an adapter's folder or Hugging Face id, or one of the shipped model's: bulk-modulus",
     )  # fmt: skip
     parser.add_argument(
+        "--template", metavar="NAME",
+        help="prompt template of a model that has no manifest.json, such as crystal-text-llm",
+    )  # fmt: skip
+    parser.add_argument("--text-format", metavar="NAME", help="text format of such a model, such as compact")
+    parser.add_argument(
         "--batch-size", type=int, default=256, metavar="N", help="samples at a time (default: 256)"
     )
 

@@ -363,7 +363,10 @@ def _model(options: argparse.Namespace) -> "Model":
 
     if options.batch_size < 1:
         raise UserError(f"--batch-size {options.batch_size}: 1 or more expected")
-    return load_model(options.model, adapter=options.adapter, batch_size=options.batch_size)
+    return load_model(
+        options.model, adapter=options.adapter, template=options.template, format=options.text_format,
+        batch_size=options.batch_size,
+    )  # fmt: skip
 
 
 def _tell_of_adapters(options: argparse.Namespace, conditions: Conditions) -> None:

@@ -429,3 +429,19 @@ def test_twenty_crystals_of_rock_salt_take_less_than_twenty_seconds_from_a_cold_
     assert time.monotonic() - started < 20
     assert generated.returncode == 0
     assert generated.stderr == ""  # no word of the libraries
+
+
+def test_a_model_without_a_manifest_is_asked_as_the_options_say(tmp_path, capsys):
+    """Adapters and models of other programs, such as Crystal-text-LLM's, say nothing of their template."""
+    from crystallm_kit.models.folders import shipped_model_folder
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in shipped_model_folder().glob("*.*"):
+        if file.name != "manifest.json":
+            (folder / file.name).symlink_to(file)
+    asked = ["generate", "--formula", "NaCl", "--model", str(folder), "--out", str(tmp_path / "out")]
+    assert main(asked) == 2
+    assert "no manifest.json" in capsys.readouterr().err
+    assert main([*asked, "--template", "kit-1", "--text-format", "wyckoff"]) == 0
+    assert "NaCl" in capsys.readouterr().out
