@@ -478,7 +478,8 @@ class _Run:
                 "steps": progress.step,
                 "training_tokens": progress.n_tokens,
                 "tokens_per_second": round(self.screen.mean_rate()),
-                "parameters": self.learner.n_trainable,
+                # of LoRA they are not the model's
+                "trained_weights" if base and base.method == "lora" else "parameters": self.learner.n_trainable,
                 "tasks": sorted(name for name, share in self.source.tasks.items() if share),
             },
             base={} if base is None else {
