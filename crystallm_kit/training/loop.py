@@ -461,6 +461,7 @@ class _Run:
     def _manifest(self) -> Manifest:
         progress, device, base = self.progress, self.distribution.device, self.recipe.base
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+        counted = "trained_weights" if base and base.method == "lora" else "parameters"
         return Manifest(
             recipe=recipe_to_dict(self.recipe),
             format=self.info.format,
@@ -478,8 +479,7 @@ class _Run:
                 "steps": progress.step,
                 "training_tokens": progress.n_tokens,
                 "tokens_per_second": round(self.screen.mean_rate()),
-                # of LoRA they are not the model's
-                "trained_weights" if base and base.method == "lora" else "parameters": self.learner.n_trainable,
+                counted: self.learner.n_trainable,
                 "tasks": sorted(name for name, share in self.source.tasks.items() if share),
             },
             base={} if base is None else {
