@@ -57,6 +57,7 @@ from crystallm_kit.tokens.tokenizer import format_tokenizer, load_tokenizer
 from crystallm_kit.training.batches import TokenSource, open_source
 from crystallm_kit.training.curves import check_track
 from crystallm_kit.training.loop import TrainingResult, train
+from crystallm_kit.training.progress import is_first_process
 from crystallm_kit.training.recipe import TrainingRecipe, load_training_recipe
 
 CORPUS, SAMPLES = "corpus", "samples"
@@ -100,11 +101,11 @@ def fine_tune(
     except _Terminated:
         _say(f"{out}: stopped by a signal while the corpus was prepared; the same command goes on from there")
         return TrainingResult("signal", 0, None, math.inf, 0.0)
-    if not resume and is_main():
+    if not resume and is_first_process():
         shutil.rmtree(out / SAMPLES, ignore_errors=True)
     on_samples = sampler(recipe, out) if recipe.sample_every else None
     result = train(recipe, out, resume=resume, on_samples=on_samples)
-    if result.model_folder is not None and is_main():
+    if result.model_folder is not None and is_first_process():
         publish(recipe, result.model_folder)
     return result
 
@@ -116,10 +117,8 @@ def look_ahead(
 
     No weights are read. Arguments and errors are those of fine_tune.
     """
-    from crystallm_kit.models.bases import check_base, check_same_template, check_same_tokens
     from crystallm_kit.training.distribution import Distribution
-    from crystallm_kit.training.learner import layout_of
-    from crystallm_kit.training.memory import scratch_config
+    from crystallm_kit.training.learner import checked_config, layout_of
     from crystallm_kit.training.preflight import check
 
     if not isinstance(recipe, TrainingRecipe):
@@ -128,25 +127,16 @@ def look_ahead(
     recipe = with_corpus(recipe, Path(out), workers=workers)
     source = open_source(recipe.data.corpus or "")
     distribution = Distribution(recipe.sharding)
-    vocabulary, device = source.info.vocabulary, distribution.device
-    if recipe.base is None:
-        config = scratch_config(recipe, vocabulary.size)
-    else:
-        check_same_template(recipe.base.name, source.info)
-        config = check_base(recipe.base, device_type=device.type)
-        check_same_tokens(recipe.base, config, vocabulary, recipe.data.tokenizer_folder)
+    config = checked_config(recipe, source.info, distribution.device)
     layout = layout_of(recipe, distribution)
-    examples, validation = source.examples(0), source.validation()
-    return check(recipe, config, layout, examples, vocabulary, validation=validation, device=device)
-
-
-def is_main() -> bool:
-    """Tell whether this process writes: the first, or the only one (torchrun and accelerate set RANK)."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return check(
+        recipe, config, layout, source.examples(0), source.info.vocabulary,
+        validation=source.validation(), device=distribution.device,
+    )  # fmt: skip
 
 
 def _say(text: str) -> None:
-    if is_main():
+    if is_first_process():
         print(text, file=sys.stderr, flush=True)
 
 
@@ -192,7 +182,7 @@ def with_corpus(
             f"inputs are prepared into {folder}."
         )
     corpus_recipe = corpus_recipe_of(recipe)
-    if is_main():
+    if is_first_process():
         if not resume and not _is_finished(folder, corpus_recipe):
             shutil.rmtree(folder, ignore_errors=True)
         inputs = {"train": data.inputs, "validation": data.validation} if data.validation else data.inputs

@@ -221,18 +221,19 @@ def prepare(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     """Train by a recipe, or go on with a run that was interrupted: corpus, steps, samples, card, push."""
-    from crystallm_kit.fine_tuning import fine_tune, is_main, look_ahead
+    from crystallm_kit.fine_tuning import fine_tune, look_ahead
     from crystallm_kit.recipes import recipe_to_dict
+    from crystallm_kit.training.progress import is_first_process
 
     out = options.out or Path("runs") / options.recipe.stem
     given: dict[str, Any] = {"overrides": options.set, "workers": options.workers}
     if options.preflight:
         lines = look_ahead(options.recipe, out, **given)
-        if is_main():
+        if is_first_process():
             print("\n".join(lines))
         return 0
     result = fine_tune(options.recipe, out, resume=not options.fresh, **given)
-    if is_main():
+    if is_first_process():
         plain = recipe_to_dict(result)
         finite = {k: None if v in (math.inf, -math.inf) else v for k, v in plain.items()}  # JSON has no inf
         _print_json(finite)

@@ -420,7 +420,7 @@ def load_base(
         model = made(recipe, place, dtype)
         _fit_vocabulary(model, vocabulary, recipe.name)
         if recipe.method == "lora":
-            model = _with_lora(model, recipe, vocabulary)
+            model = with_lora(model, recipe, vocabulary)
     if recipe.gradient_checkpointing:
         _checkpoint_activations(model)
     return model
@@ -550,7 +550,8 @@ def grow_embeddings(model: Any, n_known: int, size: int) -> None:
                 tensor[n_known:size] = tensor[:n_known].mean(0, dtype=torch.float32).to(tensor.dtype)
 
 
-def _with_lora(model: Any, recipe: BaseRecipe, vocabulary: VocabularyInfo) -> Any:
+def with_lora(model: Any, recipe: BaseRecipe, vocabulary: VocabularyInfo) -> Any:
+    """Return a base with LoRA around it: its weights frozen, LoRA's and the rows of new tokens to train."""
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 

@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from crystallm_kit.errors import ModelError
+from crystallm_kit.training.progress import is_first_process
 from crystallm_kit.training.zero import Zero
 
 Sharding = Literal["none", "fsdp"]
@@ -201,7 +202,7 @@ def is_first_to_tell() -> bool:
     """
     processes = torch.distributed
     if not processes.is_available() or not processes.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
+        return is_first_process()
     try:
         store = processes.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), timeout=timedelta(seconds=5)

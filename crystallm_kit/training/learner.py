@@ -34,11 +34,12 @@ from crystallm_kit.training.loss import (
     compile_layers,
     decoder_layers,
 )
+from crystallm_kit.training.memory import scratch_config
 from crystallm_kit.training.recipe import TrainingRecipe
 from crystallm_kit.training.run_state import copy_whole, whole_on_main
 
 # Dense bf16 peak in FLOP/s by the vendors' datasheets, for model FLOP utilisation.
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 # Longest example of a fine-tuned base, in tokens, unless the recipe says otherwise.
 BASE_MAX_LENGTH = 2_048
 
@@ -263,7 +264,7 @@ class Learner:
             return None
         name = torch.cuda.get_device_name(self.device)
         n = self.distribution.world
-        return next((peak * n for part, peak in _PEAK_FLOPS.items() if part in name), None)
+        return next((peak * n for part, peak in PEAK_FLOPS.items() if part in name), None)
 
     # -- set-up
 
@@ -330,6 +331,23 @@ def _matrix_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, nn.Linear):  # bitsandbytes' layers are Linear too, with packed weights
         return module.in_features, module.out_features
     return None
+
+
+def checked_config(recipe: TrainingRecipe, info: StoredInfo, device: torch.device) -> Any:
+    """Return the config of the model that a run trains, after checks that it and the corpus fit together.
+
+    No weights are read.
+
+    Raises:
+        ModelError: If the base cannot be had, is no causal LM, or was trained in another template or format.
+        RecipeError, MissingExtra: If it cannot be trained as the recipe says.
+    """
+    if recipe.base is None:
+        return scratch_config(recipe, info.vocabulary.size)
+    bases.check_same_template(recipe.base.name, info)
+    config = _base_config(recipe, device)
+    bases.check_same_tokens(recipe.base, config, info.vocabulary, recipe.data.tokenizer_folder)
+    return config
 
 
 def _base_config(recipe: TrainingRecipe, device: torch.device) -> Any:

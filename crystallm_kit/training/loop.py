@@ -38,7 +38,6 @@ import torch
 import yaml
 
 from crystallm_kit.errors import RecipeError, TrainingError, UserError
-from crystallm_kit.models import bases
 from crystallm_kit.models.checkpoints import Manifest, git_commit, library_versions
 from crystallm_kit.recipes import recipe_to_dict
 from crystallm_kit.tokens.drawing import Examples
@@ -47,9 +46,8 @@ from crystallm_kit.training.batches import DeviceExamples, Step, TokenSource, op
 from crystallm_kit.training.curves import Curves
 from crystallm_kit.training.distribution import Distribution, is_first_to_tell
 from crystallm_kit.training.failures import GradientWatch, diverged, explain
-from crystallm_kit.training.learner import Learner, layout_of
-from crystallm_kit.training.memory import scratch_config
-from crystallm_kit.training.progress import Screen, silence_libraries
+from crystallm_kit.training.learner import Learner, checked_config, layout_of
+from crystallm_kit.training.progress import Screen, is_first_process, silence_libraries
 from crystallm_kit.training.recipe import TrainingRecipe, learning_rate, load_training_recipe
 from crystallm_kit.training.run_state import (
     checkpoint_folders,
@@ -174,12 +172,15 @@ class _Run:
         distribution.wait()
         self.state = self._last_checkpoint()  # another recipe's is refused before weights are read
         self.screen = Screen(quiet=not self.is_main)
-        self._preflight()
+        first = source.examples(0)
+        self._preflight(first)
         self.learner = Learner(recipe, self.info, self.layout, distribution)
         self.progress = _Progress()
         self._data: DeviceExamples
         self._validation: tuple[DeviceExamples, list[Step]] | None = None
-        self.n_steps = self._total_steps()
+        plan = list(self._plan(first, 0))
+        self.n_steps = self._total_steps(len(plan))
+        self.description = self._describe(first, plan)
         self._pending: list[tuple[int, torch.Tensor, torch.Tensor, float, int]] = []
         self.curves: Curves | None = None
         self.watch = GradientWatch()
@@ -195,7 +196,7 @@ class _Run:
         recipe, progress = self.recipe, self.progress
         learner = self.learner
         self.screen.start(
-            progress.step, self.n_steps, self._describe(), learner.flops_per_token, learner.peak_flops
+            progress.step, self.n_steps, self.description, learner.flops_per_token, learner.peak_flops
         )
         steps = self._steps()
         with stop, contextlib.closing(self.curves) if self.curves else contextlib.nullcontext():
@@ -284,12 +285,11 @@ class _Run:
             loss_on_prompt=self.recipe.data.loss_on_prompt,
         )
 
-    def _total_steps(self) -> int:
+    def _total_steps(self, n_first: int) -> int:
         """Return the run's length; an epoch counts as many steps as the first has."""
         if self.recipe.steps is not None:
             return self.recipe.steps
-        n = sum(1 for _ in self._plan(self.source.examples(0), 0))
-        return max(1, round(n * (self.recipe.epochs or 0)))
+        return max(1, round(n_first * (self.recipe.epochs or 0)))
 
     # -- losses
 
@@ -499,24 +499,19 @@ class _Run:
         if self.curves is not None:
             self.curves.write(records)
 
-    def _preflight(self) -> None:
+    def _preflight(self, first: Examples) -> None:
         """Look at the data and at the memory that the run needs, before any weights are read."""
-        recipe, vocabulary = self.recipe, self.info.vocabulary
-        if recipe.base is not None:
-            bases.check_same_template(recipe.base.name, self.info)
-            config = bases.check_base(recipe.base, device_type=self.distribution.device.type)
-            bases.check_same_tokens(recipe.base, config, vocabulary, recipe.data.tokenizer_folder)
-        else:
-            config = scratch_config(recipe, vocabulary.size)
+        device = self.distribution.device
+        config = checked_config(self.recipe, self.info, device)
         if self.is_main:
             lines = preflight.check(
-                recipe,
+                self.recipe,
                 config,
                 self.layout,
-                self.source.examples(0),
-                vocabulary,
+                first,
+                self.info.vocabulary,
                 validation=self.source.validation(),
-                device=self.distribution.device,
+                device=device,
             )
             for line in lines:
                 self.screen.say(line)
@@ -552,13 +547,12 @@ class _Run:
             raise TrainingError(f"{self.out}: {problem}")
         self.screen.say(f"overfit check: one batch, {n} steps, loss {losses[0]:.3f} -> {losses[-1]:.3f}")
 
-    def _describe(self) -> str:
-        plan = list(self._plan(self.source.examples(0), 0))
+    def _describe(self, first: Examples, plan: list[Step]) -> str:
         real, padded = (
             sum(step.n_tokens for step in plan),
             sum(group.n_padded for step in plan for group in step.groups),
         )
-        lengths = np.diff(self.source.examples(0).offsets)
+        lengths = np.diff(first.offsets)
         dropped = int((lengths > self.layout.max_length).sum())
         return (
             f"{self.learner.n_trainable:,} weights train, {self.n_steps:,} steps; epoch 0: {len(lengths):,} "
@@ -638,7 +632,7 @@ def main(arguments: list[str] | None = None) -> int:
         if is_first_to_tell():
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return 2
-    if os.environ.get("RANK", "0") == "0":
+    if is_first_process():
         print(json.dumps(recipe_to_dict(result)))
     return 0
 

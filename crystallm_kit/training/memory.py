@@ -302,7 +302,7 @@ class _Facts:
         with torch.device("meta"), _quiet():  # peft reads names that transformers has deprecated
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
             if self.is_lora and not is_plain and self.recipe.base is not None:
-                model = bases._with_lora(model, self.recipe.base, self.vocabulary)
+                model = bases.with_lora(model, self.recipe.base, self.vocabulary)
         return model
 
     def frozen(self, counts: _Counts) -> tuple[str, float]:

@@ -17,6 +17,11 @@ import warnings
 from typing import Any
 
 
+def is_first_process() -> bool:
+    """Tell whether this process is the first of its run, or the only one (torchrun sets RANK)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def silence_libraries() -> None:
     """Keep what libraries say to their developers off the screen; a variable that is set already wins.
 

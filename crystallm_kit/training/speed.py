@@ -37,6 +37,7 @@ import torch
 
 from crystallm_kit.errors import UserError
 from crystallm_kit.models.checkpoints import git_commit, library_versions
+from crystallm_kit.training.progress import is_first_process
 from crystallm_kit.training.speed_rows import RATIOS, ROWS, Place, environment, launcher
 
 _SHORTEST_SECONDS = 30.0
@@ -217,7 +218,7 @@ def _build(options: argparse.Namespace) -> int:
 
 def _inside(name: str, place: Place) -> int:
     found = measure_row(name, place)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first_process():
         (place.out / f"{name}.json").write_text(json.dumps(found), encoding="utf-8")
     return 0
 

@@ -32,11 +32,12 @@ from crystallm_kit.models.bases import BaseRecipe, LoraRecipe, load_base
 from crystallm_kit.models.checkpoints import ModelRecipe
 from crystallm_kit.recipes import recipe_to_dict
 from crystallm_kit.training.batches import TokenSource, open_source
+from crystallm_kit.training.learner import PEAK_FLOPS
 from crystallm_kit.training.loop import train
 from crystallm_kit.training.peer_loops import CrystallmSettings, crystal_text_llm_loop, crystallm_loop
+from crystallm_kit.training.progress import is_first_process
 from crystallm_kit.training.recipe import DataRecipe, OptimizerRecipe, ScheduleRecipe, TrainingRecipe
 
-PEAK_FLOPS = 989e12  # dense bfloat16 of an H100 and H200, by the vendor's datasheet
 # As its config.json states it.
 LLAMA_3_1_8B: dict[str, Any] = {
     "hidden_size": 4096,
@@ -284,7 +285,7 @@ def _kit_row(
         source = open_source(str(chosen.data.corpus))
         mean_length = _mean_tokens(source)
         clock = Clock(place.seconds, n_warm=2 * chosen.log_every)
-        is_main = int(os.environ.get("RANK", "0")) == 0
+        is_main = is_first_process()
         watch = Watch(run, clock, mean_length)
         if is_main:
             shutil.rmtree(run, ignore_errors=True)
@@ -446,7 +447,7 @@ def _with_mfu(numbers: Mapping[str, Any], flops: Flops) -> dict[str, Any]:
         return found
     found["flops_per_token"] = flops.model
     if torch.cuda.is_available():
-        peak = PEAK_FLOPS * int(os.environ.get("WORLD_SIZE", "1"))
+        peak = PEAK_FLOPS["H200"] * int(os.environ.get("WORLD_SIZE", "1"))
         found["mfu"] = found["tokens_per_second"] * flops.model / peak
         found["mfu_6n"] = found["tokens_per_second"] * flops.six_n / peak
         found["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9

@@ -66,7 +66,7 @@ def real_peak(config, recipe: TrainingRecipe, layout: Layout) -> int:
     """Return the bytes alive at the highest point of two passes of real training on the CPU."""
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if recipe.base.method == "lora":
-        model = bases._with_lora(model, recipe.base, VocabularyInfo(config.vocab_size, None, None))
+        model = bases.with_lora(model, recipe.base, VocabularyInfo(config.vocab_size, None, None))
     if recipe.base.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.enable_input_require_grads()
