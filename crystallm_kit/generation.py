@@ -37,6 +37,7 @@ from crystallm_kit.models.folders import (
 )
 from crystallm_kit.records import Completion, Conditions, Crystal, Sample, Verdict
 from crystallm_kit.structures.elements import ELEMENTS
+from crystallm_kit.text.conditions import conditions_to_dict
 from crystallm_kit.text.parsing import parse_completion
 from crystallm_kit.text.prompt_llm import CrystalTextLlmTemplate
 from crystallm_kit.text.prompt_words import WordsTemplate
@@ -305,7 +306,7 @@ def takes_requests(model: Model) -> bool:
 
 def compiler(model: Model) -> Any:
     """Return a function from Conditions to the constraint's Request, with a memory."""
-    from crystallm_kit.tokens.masking import compile_request
+    from crystallm_kit.tokens.requests import compile_request
 
     memory: dict[str, Any] = {}
 
@@ -515,14 +516,6 @@ def sample_to_dict(sample: Sample) -> dict[str, Any]:
         "text": sample.text,
         "conditions": conditions_to_dict(sample.conditions),
     }
-    return data
-
-
-def conditions_to_dict(conditions: Conditions) -> dict[str, Any]:
-    """Return the conditions that are set, as JSON-ready data."""
-    data = {k: v for k, v in dataclasses.asdict(conditions).items() if v not in (None, (), False, {})}
-    if "formula" in data:
-        data["formula"] = dict(data["formula"])
     return data
 
 

@@ -461,10 +461,10 @@ def _finish(
 ) -> int:
     """Draw the samples, write them, show them. What was finished before an interruption is kept."""
 
-    from crystallm_kit.generation import conditions_to_dict
     from crystallm_kit.results import write_results
     from crystallm_kit.scores.funnel import mark_duplicates
     from crystallm_kit.screen import with_progress
+    from crystallm_kit.text.conditions import conditions_to_dict
 
     started = time.monotonic()
     done: list[Sample] = []

@@ -19,18 +19,18 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors",), ("records",), ("recipes",), ("structures",), ("text",), ("scores",), ("tokens",),
     ("models",), ("training",), ("engines",), ("generation",), ("results",), ("conditioned",), ("benchmark",),
-    ("fine_tuning",), ("server", "web"), ("screen",), ("verbs",), ("cli",), ("__main__",),
+    ("fine_tuning",), ("server",), ("screen",), ("verbs",), ("cli",), ("__main__",),
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Library -> where it may be imported, at the top of a module or inside a function.
 HOMES = {
     "torch": (
         "models/", "training/", "engines/transformers_local.py", "engines/cache.py", "engines/stopping.py",
-        "engines/vllm", "tokens/tokenizer.py", "tokens/masking.py", "structures/tensors.py",
+        "engines/continuous.py", "engines/slots.py", "engines/drawing.py", "engines/vllm", "tokens/tokenizer.py", "tokens/masking.py", "structures/tensors.py",
         "structures/relaxation.py",
     ),
     "transformers": (
-        "models/", "training/", "engines/transformers_local.py", "engines/cache.py", "tokens/tokenizer.py",
+        "models/", "training/", "engines/transformers_local.py", "engines/cache.py", "engines/slots.py", "tokens/tokenizer.py",
     ),
     "tokenizers": ("tokens/tokenizer.py",),
     "datasets": ("tokens/corpus.py",),
@@ -42,9 +42,10 @@ HOMES = {
     "wandb": ("training/curves.py",),
     "vllm": ("engines/vllm",),
     "openai": ("engines/openai_endpoint.py",),
-    "httpx": ("engines/openai_endpoint.py",),
-    "fastapi": ("server.py",),
-    "uvicorn": ("server.py",),
+    "httpx": ("engines/openai_endpoint.py", "server/"),
+    "fastapi": ("server/",),
+    "uvicorn": ("server/",),
+    "prometheus_client": ("server/",),
     "ase": ("structures/relaxation.py",),
     "chgnet": ("structures/relaxation.py",),
     "matplotlib": ("scores/report.py",),
@@ -58,6 +59,9 @@ TORCH_AT_THE_TOP = (
     "engines/transformers_local.py",
     "engines/cache.py",
     "engines/stopping.py",
+    "engines/continuous.py",
+    "engines/slots.py",
+    "engines/drawing.py",
     "engines/vllm",
     "tokens/masking.py",
 )

@@ -21,7 +21,7 @@ from crystallm_kit.errors import UnknownName, UserError
 from crystallm_kit.records import Completion
 
 if TYPE_CHECKING:
-    from crystallm_kit.tokens.masking import Request
+    from crystallm_kit.tokens.requests import Request
 
 ENGINES: dict[str, str] = {
     "transformers": "crystallm_kit.engines.transformers_local:TransformersEngine",
@@ -45,6 +45,7 @@ class Prompt:
     beginning: str = ""
     request: "Request | None" = None
     is_whole: bool = False
+    adapter: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from crystallm_kit.errors import ImpossibleRequest, UnknownName, UserError, did_you_mean
@@ -257,6 +257,120 @@ def parse_conditions(
     conditions = Conditions(**given, properties=wanted)
     check_conditions(conditions)
     return conditions
+
+
+# Key of a JSON object -> argument of parse_conditions, or where it is none, the name of its field.
+_KEYS = {
+    "formula": "formula",
+    "elements": "elements",
+    "only_elements": "only_elements",
+    "spacegroup": "spacegroup",
+    "spacegroup_number": "spacegroup",
+    "sites": "sites",
+    "n_sites": "sites",
+    "crystal_system": "properties",
+    "n_elements": "properties",
+    "anonymous_formula": "properties",
+    "properties": "properties",
+}
+
+
+def conditions_to_dict(conditions: Conditions) -> dict[str, Any]:
+    """Return the conditions that are set, as JSON-ready data; `conditions_from_dict` reads it."""
+    data = {k: v for k, v in asdict(conditions).items() if v not in (None, (), False, {})}
+    if "formula" in data:
+        data["formula"] = dict(data["formula"])
+    return data
+
+
+def conditions_from_dict(data: Mapping[str, Any]) -> Conditions:
+    """Return Conditions from a JSON object, as programs send it; null is the same as left out.
+
+    Args:
+        data: formula ("BaTiO3" or {"Ba": 1, ...}), elements ("Li-O" or ["Li", "O"]), only_elements,
+            spacegroup or spacegroup_number, sites or n_sites, crystal_system, n_elements, anonymous_formula,
+            properties (name -> number, "2..3", ">2" or {"low": 2, "high": 3}).
+
+    Raises:
+        UserError: Any of its kinds; the message names the key at fault.
+    """
+    given: dict[str, Any] = {}
+    properties: dict[str, Any] = {}
+    for key, value in data.items():
+        if key not in _KEYS:
+            raise UnknownName.among("condition", str(key), _KEYS)
+        if value is None:
+            continue
+        if _KEYS[key] != "properties":
+            if _KEYS[key] in given:
+                raise UserError(f"{key}: given twice, under two names; give it once.")
+            given[_KEYS[key]] = _PLAIN[_KEYS[key]](key, value)
+        elif key != "properties":
+            properties[key] = _plain(key, value, (str, int))
+        else:
+            for name, wanted in _plain(key, value, Mapping).items():
+                properties[str(name)] = _range_words(f"{key}: {name}", wanted)
+    return parse_conditions(**given, properties=properties)
+
+
+def _plain(key: str, value: Any, kinds: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise UserError(f"{key}: got {value!r}; expected {_KINDS[kinds]}.")
+    return value
+
+
+_KINDS: dict[Any, str] = {
+    str: "a text",
+    Mapping: "an object",
+    (str, int): "a whole number or a text",
+    (int, float): "a number",
+}
+
+
+def _formula_words(key: str, value: Any) -> str:
+    if not isinstance(value, Mapping):
+        return str(_plain(key, value, str))
+    for element, count in value.items():
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count < 10**6:
+            raise UserError(f"{key}: {element}: got {count!r}; expected a count of 1 or more.")
+        if element not in RANK:
+            raise UnknownName(f"{key}: no element '{element}'{_nearest_element(str(element))}")
+    return "".join(f"{element}{count}" for element, count in value.items())
+
+
+def _elements_words(key: str, value: Any) -> Any:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [str(_plain(key, element, str)) for element in value] or None
+    return _plain(key, value, str)
+
+
+def _truth(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UserError(f"{key}: got {value!r}; expected true or false.")
+    return value
+
+
+def _range_words(key: str, value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value if isinstance(value, str) else _plain(key, value, (int, float))
+    if not value or set(value) - {"low", "high"}:
+        raise UserError(f"{key}: got {dict(value)!r}; expected low, high or both.")
+    low, high = (
+        None if value.get(side) is None else float(_plain(key, value[side], (int, float)))
+        for side in ("low", "high")
+    )
+    if low is None and high is None:
+        raise UserError(f"{key}: neither low nor high is given.")
+    return f">={low!r}" if high is None else f"<={high!r}" if low is None else f"{low!r}..{high!r}"
+
+
+_PLAIN: dict[str, Any] = {
+    "formula": _formula_words,
+    "elements": _elements_words,
+    "only_elements": _truth,
+    "spacegroup": lambda key, value: _plain(key, value, (str, int)),
+    "sites": lambda key, value: _plain(key, value, (str, int)),
+}
 
 
 def _named_values(properties: Mapping[str, str | float] | Iterable[str]) -> Iterable[tuple[str, str | float]]:

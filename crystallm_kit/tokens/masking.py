@@ -31,9 +31,6 @@ Not here: sampling (engines/); distances between atoms, which validation checks 
 # vectors, L letters, E elements of one composition, K tracked groups, A count plans, G space groups.
 
 import functools
-import itertools
-import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -41,295 +38,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from crystallm_kit.errors import ImpossibleRequest
-from crystallm_kit.records import Conditions
-from crystallm_kit.structures.elements import ELEMENTS, RANK
-from crystallm_kit.structures.symmetry import FREE_LATTICE, LETTERS, crystal_system, space_group
+from crystallm_kit.structures.elements import ELEMENTS
 from crystallm_kit.text import wyckoff as format_
-from crystallm_kit.text.conditions import anonymous_counts, check_conditions
-
-MAX_ELEMENTS = 10  # different elements in one composition
-MAX_SITES = 64  # atoms in the primitive cell, unless a request says otherwise
-N_COUNTS = format_.MAX_COUNT + 1
-N_LETTERS = len(LETTERS)
-# Every cubic space group has one of these as a subgroup with the same primitive cell, so what they cannot
-# hold, no cubic group can. In every other crystal system a group with a free letter of multiplicity 1 holds
-# anything.
-_CUBIC_WITNESSES = (195, 196, 197, 198, 199)
-_MAX_ORDERS = 2_520  # of the counts of an anonymous formula; seven elements, two of one count
+from crystallm_kit.tokens.requests import Request
+from crystallm_kit.tokens.wyckoff_tables import MAX_ELEMENTS, N_COUNTS, N_LETTERS, tables, witnesses
 
 HEADER_ELEMENT, HEADER_COUNT, SITE_ELEMENT, SITE_LETTER, LATTICE_INTEGER, LATTICE_PAIR, COORDINATE, \
     COORDINATE_PAIR, ENDING, DONE = range(10)  # fmt: skip
 _LENGTH_RANGE = (1, 199)  # angstrom
 _ANGLE_RANGE = (30, 149)  # degree
-
-
-@dataclass(frozen=True)
-class _Tables:
-    """The integer tables of all space groups; see the module docstring.
-
-    Sets of fixed-letter vectors are integers: bit u stands for vector u. Index C is the impossible vector.
-    """
-
-    signature: npt.NDArray[np.int64]  # (G,)
-    sums: npt.NDArray[np.int64]  # (S, N, C): set of u + v
-    full: npt.NDArray[np.int64]  # (S,): the vector of all fixed letters
-    enough: npt.NDArray[np.int64]  # (S, N, E + 1): set of u after which n atoms can make k elements
-    multiplicity: npt.NDArray[np.int64]  # (G, L), 0 where the group has no such letter
-    is_fixed: npt.NDArray[np.bool_]  # (G, L)
-    left_after: npt.NDArray[
-        np.int64
-    ]  # (G, L, C + 1): vector left after one use of a letter, C if there is none
-    n_free: npt.NDArray[np.int64]  # (G, L)
-    n_lattice: npt.NDArray[np.int64]  # (G,)
-    lattice_kind: npt.NDArray[
-        np.int64
-    ]  # (G, 6): 0 length, 1 alpha, 2 beta, 3 gamma, 4 beta of a monoclinic cell
-
-
-@functools.lru_cache(maxsize=1)
-def _tables() -> _Tables:
-    multiplicity = np.zeros((230, N_LETTERS), dtype=np.int64)
-    is_fixed = np.zeros((230, N_LETTERS), dtype=bool)
-    n_free = np.zeros((230, N_LETTERS), dtype=np.int64)
-    for row in range(230):
-        for index, position in enumerate(space_group(row + 1).positions):
-            multiplicity[row, index] = position.primitive_multiplicity
-            n_free[row, index] = position.n_free
-            is_fixed[row, index] = position.n_free == 0
-    signatures: dict[tuple[tuple[tuple[int, int], ...], tuple[int, ...]], int] = {}
-    signature = np.zeros(230, dtype=np.int64)
-    for g in range(230):
-        present = multiplicity[g] > 0
-        fixed = tuple(sorted(Counter(multiplicity[g][present & is_fixed[g]].tolist()).items()))
-        free = tuple(sorted(set(multiplicity[g][present & ~is_fixed[g]].tolist())))
-        signature[g] = signatures.setdefault((fixed, free), len(signatures))
-    size = max(math.prod(n + 1 for _, n in fixed) for fixed, _ in signatures)
-    shape = (len(signatures), N_COUNTS)
-    sums = np.zeros((*shape, size), dtype=np.int64)
-    enough = np.zeros((*shape, MAX_ELEMENTS + 1), dtype=np.int64)
-    full = np.zeros(len(signatures), dtype=np.int64)
-    left_after = np.full((230, N_LETTERS, size + 1), size)
-    left_after[multiplicity > 0] = np.arange(size + 1)
-    for (fixed, free), s in signatures.items():
-        vectors = list(itertools.product(*(range(n + 1) for _, n in fixed)))
-        vector_index = {v: i for i, v in enumerate(vectors)}
-        full[s] = len(vectors) - 1
-        weight = np.array([sum(m * used for (m, _), used in zip(fixed, v, strict=True)) for v in vectors])
-        orbits = _most_parts(free)
-        with_vector = [np.concatenate([np.full(min(w, N_COUNTS), -1), orbits])[:N_COUNTS] for w in weight]
-        for i, v in enumerate(vectors):
-            placed = with_vector[i] >= 0  # (N,)
-            for j, u in enumerate(vectors):
-                total = vector_index.get(tuple(a + b for a, b in zip(u, v, strict=True)))
-                if total is None:
-                    continue
-                sums[s, :, j] |= placed.astype(np.int64) << total
-                # Used u, then v more: n atoms are sum(v) orbits on fixed letters and the most there can be on
-                # free ones.
-                parts = np.where(placed, with_vector[i] + sum(v), -1)  # (N,)
-                enough[s] |= (parts[:, None] >= np.arange(MAX_ELEMENTS + 1)).astype(np.int64) << j
-        for row in np.flatnonzero(signature == s).tolist():
-            for index in np.flatnonzero(is_fixed[row]).tolist():
-                one = tuple(int(m == multiplicity[row, index]) for m, _ in fixed)
-                for i, v in enumerate(vectors):
-                    rest = tuple(a - b for a, b in zip(v, one, strict=True))
-                    left_after[row, index, i] = vector_index.get(rest, size)
-    kinds = {"monoclinic": (0, 0, 0, 4), "triclinic": (0, 0, 0, 1, 2, 3)}
-    lattice_kind = np.zeros((230, 6), dtype=np.int64)
-    n_lattice = np.zeros(230, dtype=np.int64)
-    for g in range(230):
-        system = crystal_system(g + 1)
-        n_lattice[g] = len(FREE_LATTICE[system])
-        lattice_kind[g, : n_lattice[g]] = kinds.get(system, (0,) * int(n_lattice[g]))
-    return _Tables(signature, sums, full, enough, multiplicity, is_fixed, left_after, n_free, n_lattice,
-                   lattice_kind)  # fmt: skip
-
-
-def _most_parts(parts: Sequence[int]) -> npt.NDArray[np.int64]:
-    """Return (N,): the largest number of terms, repeats allowed, that add up to n; -1 where none do."""
-    most = np.full(N_COUNTS, -1)
-    most[0] = 0
-    for n in range(1, N_COUNTS):
-        best = max((int(most[n - p]) for p in parts if p <= n), default=-1)
-        most[n] = best + 1 if best >= 0 else -1
-    return most
-
-
-@dataclass(frozen=True)
-class Request:
-    """Conditions as the constraint uses them; made by `compile_request`.
-
-    Attributes:
-        elements: Ranks (position in ELEMENTS) that may occur.
-        required: Ranks that must occur, increasing.
-        n_elements: Exact number of different elements, 0 if free.
-        n_sites: Exact number of atoms in the primitive cell, 0 if free.
-        plans: Allowed counts of the elements in order; empty: any.
-        groups: Space group numbers that may occur; empty: any.
-        max_sites: Most atoms in the primitive cell.
-    """
-
-    elements: tuple[int, ...]
-    required: tuple[int, ...] = ()
-    n_elements: int = 0
-    n_sites: int = 0
-    plans: tuple[tuple[int, ...], ...] = ()
-    groups: tuple[int, ...] = ()
-    max_sites: int = MAX_SITES
-
-
-def compile_request(
-    conditions: Conditions, *, known_elements: Iterable[str] = ELEMENTS, max_sites: int = MAX_SITES
-) -> Request:
-    """Return what the constraint needs to know of some conditions (properties are left to the model).
-
-    Args:
-        conditions: What is wanted.
-        known_elements: Elements that may occur where the conditions leave it open: those a model was trained
-            on.
-        max_sites: Most atoms in the primitive cell where the conditions leave it open.
-
-    Raises:
-        UnknownName: An element or crystal system that is none.
-        ImpossibleRequest: If no crystal can meet the conditions.
-    """
-    check_conditions(conditions)
-    wanted = set(conditions.elements) | set(conditions.formula or ())
-    only = bool(conditions.only_elements and conditions.elements) or conditions.formula is not None
-    elements = wanted if only else wanted | set(known_elements)
-    required = tuple(sorted(RANK[e] for e in wanted))
-    pattern = _pattern(conditions)
-    n_elements = len(pattern or ()) or conditions.n_elements or (len(required) if only else 0)
-    n_least = max(n_elements, len(required), 1)
-    if n_least > MAX_ELEMENTS:
-        raise ImpossibleRequest(f"{n_least} elements asked for; at most {MAX_ELEMENTS}")
-    if n_least > len(elements):
-        raise ImpossibleRequest(f"{n_least} elements asked for, but only {len(elements)} may occur")
-    smallest = sum(pattern) if pattern is not None else n_least
-    n_sites = conditions.n_sites or 0
-    if n_sites and n_sites < smallest:
-        raise ImpossibleRequest(f"{n_sites} sites cannot hold {smallest} atoms of {n_least} elements")
-    groups = _groups(conditions)
-    limit = max(max_sites, n_sites, smallest)
-    if limit >= N_COUNTS:
-        raise ImpossibleRequest(f"{limit} sites asked for; at most {N_COUNTS - 1} in a primitive cell")
-    plans: tuple[tuple[int, ...], ...] = ()
-    if pattern is not None:
-        plans = _plans(pattern, conditions, n_sites, limit, groups)
-        limit = max(limit, *map(sum, plans))
-    elif groups and not _can_fill(groups, n_sites, limit, n_least):
-        raise ImpossibleRequest(
-            f"{n_sites or f'at most {limit}'} sites in {_names(groups)} with {n_least} elements"
-            f"{'' if n_elements else ' or more'}: no assignment of Wyckoff positions adds up"
-        )
-    return Request(
-        tuple(sorted(RANK[e] for e in elements)), required, n_elements, n_sites, plans, groups, limit
-    )
-
-
-def _pattern(conditions: Conditions) -> tuple[int, ...] | None:
-    """Return the smallest counts, in element order for a formula, increasing for an anonymous one."""
-    if conditions.formula is not None:
-        counts = [conditions.formula[e] for e in sorted(conditions.formula, key=RANK.__getitem__)]
-    elif conditions.anonymous_formula is not None:
-        counts = sorted(anonymous_counts(conditions.anonymous_formula))
-    else:
-        return None
-    return tuple(c // math.gcd(*counts) for c in counts)
-
-
-def _groups(conditions: Conditions) -> tuple[int, ...]:
-    if conditions.spacegroup_number is not None:
-        return (conditions.spacegroup_number,)
-    if conditions.crystal_system is None:
-        return ()
-    return tuple(n for n in range(1, 231) if crystal_system(n) == conditions.crystal_system)
-
-
-def _names(groups: Sequence[int]) -> str:
-    return f"space group {groups[0]}" if len(groups) == 1 else f"any {crystal_system(groups[0])} space group"
-
-
-def _plans(
-    pattern: tuple[int, ...], conditions: Conditions, n_sites: int, limit: int, groups: tuple[int, ...]
-) -> tuple[tuple[int, ...], ...]:
-    unit = sum(pattern)
-    sizes = [n_sites // unit] if n_sites else list(range(1, (N_COUNTS - 1) // unit + 1))
-    tried = (groups if len(groups) == 1 else _witnesses(groups)) if groups else (1,)
-    sizes = [
-        z
-        for z in sizes
-        if max(pattern) * z < N_COUNTS and any(can_hold(g, [z * c for c in pattern]) for g in tried)
-    ]
-    if not n_sites and sizes:
-        # Where nothing fits the usual size, the smallest cell that does: LiFePO4 in Pnma has 28 sites.
-        sizes = [z for z in sizes if z * unit <= limit] or sizes[:1]
-    if not sizes:
-        names = "".join(f"{s}{n if n > 1 else ''}" for s, n in (conditions.formula or {}).items())
-        raise ImpossibleRequest(
-            f"{names or conditions.anonymous_formula} in "
-            f"{_names(groups) if groups else 'any space group'} with "
-            f"{f'{n_sites} sites' if n_sites else f'at most {N_COUNTS - 1} sites'}: "
-            "no assignment of Wyckoff positions adds up"
-        )
-    orders = [pattern] if conditions.formula is not None else _orders(pattern)
-    return tuple(tuple(z * c for c in order) for z in sizes for order in orders)
-
-
-def _orders(pattern: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Return the different orders of some counts, increasing.
-
-    Raises ImpossibleRequest if they are too many.
-    """
-    n_orders = math.factorial(len(pattern))
-    for repeats in Counter(pattern).values():
-        n_orders //= math.factorial(repeats)
-    if n_orders > _MAX_ORDERS:
-        raise ImpossibleRequest(
-            f"{len(pattern)} elements with counts {pattern} can be ordered in {n_orders} ways, more than the "
-            f"{_MAX_ORDERS} that are followed; name the elements with a formula."
-        )
-    orders: set[tuple[int, ...]] = {()}
-    for _ in pattern:
-        orders = {(*o, c) for o in orders for c in set(pattern) if o.count(c) < pattern.count(c)}
-    return sorted(orders)
-
-
-def _witnesses(groups: Sequence[int]) -> tuple[int, ...]:
-    """Return few groups such that what fits any of `groups` fits one of these in its crystal system."""
-    if crystal_system(groups[0]) == "cubic":
-        return _CUBIC_WITNESSES
-    tables = _tables()
-    one_free = (tables.multiplicity == 1) & ~tables.is_fixed
-    return (next(g for g in groups if one_free[g - 1].any()),)
-
-
-def can_hold(spacegroup_number: int, counts: Sequence[int]) -> bool:
-    """Tell whether a space group's Wyckoff positions can hold these atoms of each element in a primitive
-    cell.
-    """
-    t = _tables()
-    s = t.signature[spacegroup_number - 1]
-    used = 1
-    for n in counts:
-        used = functools.reduce(
-            int.__or__, (int(t.sums[s, n, u]) for u in range(t.sums.shape[2]) if used >> u & 1), 0
-        )
-    return used > 0
-
-
-def _can_fill(groups: Sequence[int], n_sites: int, limit: int, n_elements: int) -> bool:
-    """Tell whether one of the groups holds n_sites atoms (0: any number up to limit) of so many elements or
-    more.
-    """
-    t = _tables()
-    counts = [n_sites] if n_sites else range(1, limit + 1)
-    return any(
-        t.enough[t.signature[g - 1], n, n_elements] & 1
-        for g in (groups if len(groups) == 1 else _witnesses(groups))
-        for n in counts
-    )
 
 
 class WyckoffConstraint:
@@ -400,10 +117,10 @@ class WyckoffConstraint:
     def _tracked(request: Request) -> tuple[int, ...]:
         if not request.groups or request.plans:
             return ()
-        witnesses = request.groups if len(request.groups) == 1 else _witnesses(request.groups)
-        tables = _tables()
-        holds_anything = ((tables.multiplicity == 1) & ~tables.is_fixed).any(1)
-        return () if any(holds_anything[g - 1] for g in witnesses) else witnesses
+        watched = request.groups if len(request.groups) == 1 else witnesses(request.groups)
+        t = tables()
+        holds_anything = ((t.multiplicity == 1) & ~t.is_fixed).any(1)
+        return () if any(holds_anything[g - 1] for g in watched) else watched
 
     def _init_state(self, size: int) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
@@ -730,7 +447,7 @@ def _union(sets: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _DeviceTables:
-    """`_Tables` as tensors on one device."""
+    """`Tables` as tensors on one device."""
 
     n_vectors: int
     signature: torch.Tensor
@@ -748,7 +465,7 @@ class _DeviceTables:
 
 @functools.lru_cache(maxsize=4)
 def _device_tables(device: str) -> _DeviceTables:
-    t = _tables()
+    t = tables()
 
     def move(array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array).to(device)

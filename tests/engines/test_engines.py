@@ -19,7 +19,8 @@ from crystallm_kit.records import Conditions
 from crystallm_kit.structures.elements import SYMBOL
 from crystallm_kit.text.prompts import template_named
 from crystallm_kit.text.wyckoff import TOKENS, text_to_symmetric
-from crystallm_kit.tokens.masking import WyckoffConstraint, compile_request
+from crystallm_kit.tokens.masking import WyckoffConstraint
+from crystallm_kit.tokens.requests import compile_request
 from crystallm_kit.tokens.tokenizer import encode_strict, format_tokenizer
 
 START = template_named("kit-1").render(Conditions())

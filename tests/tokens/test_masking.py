@@ -18,14 +18,9 @@ from crystallm_kit.structures.elements import ELEMENTS, SYMBOL
 from crystallm_kit.structures.symmetry import crystal_system, expand, space_group
 from crystallm_kit.text.representation import cut
 from crystallm_kit.text.wyckoff import TOKENS, WyckoffRepresentation, text_to_symmetric
-from crystallm_kit.tokens.masking import (
-    _CUBIC_WITNESSES,
-    N_COUNTS,
-    Request,
-    WyckoffConstraint,
-    can_hold,
-    compile_request,
-)
+from crystallm_kit.tokens.masking import WyckoffConstraint
+from crystallm_kit.tokens.requests import Request, compile_request
+from crystallm_kit.tokens.wyckoff_tables import _CUBIC_WITNESSES, N_COUNTS, can_hold
 
 ID = {token: i for i, token in enumerate(TOKENS)}
 KNOWN = tuple(sorted(set(ELEMENTS) - {"Ac", "Pa", "Np", "Pu", "Am", "Cm", "Po", "At", "Fr", "Ra"}))

@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's routes, POST /v1/crystals, the page."""
