@@ -26,11 +26,12 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 HOMES = {
     "torch": (
         "models/", "training/", "engines/transformers_local.py", "engines/cache.py", "engines/stopping.py",
-        "engines/continuous.py", "engines/slots.py", "engines/drawing.py", "engines/vllm", "tokens/tokenizer.py", "tokens/masking.py", "structures/tensors.py",
-        "structures/relaxation.py",
+        "engines/continuous.py", "engines/slots.py", "engines/drawing.py", "engines/vllm",
+        "tokens/tokenizer.py", "tokens/masking.py", "structures/tensors.py", "structures/relaxation.py",
     ),
     "transformers": (
-        "models/", "training/", "engines/transformers_local.py", "engines/cache.py", "engines/slots.py", "tokens/tokenizer.py",
+        "models/", "training/", "engines/transformers_local.py", "engines/cache.py", "engines/slots.py",
+        "tokens/tokenizer.py",
     ),
     "tokenizers": ("tokens/tokenizer.py",),
     "datasets": ("tokens/corpus.py",),
