@@ -49,6 +49,8 @@ class Ask:
         n_top: Alternatives whose log-probabilities are wanted for each token; 0: those of drawn tokens alone;
             None: no log-probability of single tokens.
         prompt_ids: The prompt as token ids, in place of prompt.text.
+        is_seeded: Whether the draws must be those of the seed. False where the client named none: vLLM keeps a
+            random generator of its own for every seeded sample, which costs it time.
     """
 
     prompt: Prompt
@@ -58,6 +60,7 @@ class Ask:
     stop: tuple[str, ...] = ()
     n_top: int | None = None
     prompt_ids: tuple[int, ...] | None = None
+    is_seeded: bool = True
 
 
 @dataclass(frozen=True)
