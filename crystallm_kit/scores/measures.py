@@ -58,9 +58,9 @@ class MeasuredCrystal:
 
     def __init__(self, structure: Structure) -> None:
         self.structure = structure
-        self.numbers: IntArray = np.array([site.specie.Z for site in structure], dtype=np.int64)
+        self.numbers: IntArray = np.array([next(iter(site.species)).Z for site in structure], dtype=np.int64)
         self.lattice: FloatArray = np.array(structure.lattice.matrix)
-        self.fractional: FloatArray = np.array([site.frac_coords for site in structure]).reshape(-1, 3)
+        self.fractional: FloatArray = np.array(structure.frac_coords).reshape(-1, 3)
         self.volume = abs(float(np.linalg.det(self.lattice))) if np.isfinite(self.lattice).all() else math.nan
 
     @cached_property
