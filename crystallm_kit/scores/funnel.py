@@ -12,9 +12,11 @@ Not here: the checks (validity.py); novelty against training data (novelty.py).
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from pymatgen.core import Molecule, Structure
 
 from crystallm_kit.errors import EmptyInput
@@ -77,6 +79,34 @@ class Funnel:
         return gates + [f"  stopped by {reason}: {count}" for reason, count in self.reasons.items()]
 
 
+class Tally:
+    """The counts of a funnel while samples come in, one after the other."""
+
+    def __init__(self) -> None:
+        self.requested = 0
+        self._stopped: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+
+    def add(self, reason: str | None, stage: str = "") -> None:
+        """Count one sample: the reason of its verdict, None where it passed, and the gate (`stage_of`)."""
+        self.requested += 1
+        if reason is not None:
+            self._reasons[reason] += 1
+            self._stopped[stage] += 1
+
+    def funnel(self) -> Funnel:
+        """Return the counts so far. Raises EmptyInput if there are none (0/0 is not a rate)."""
+        if not self.requested:
+            raise EmptyInput(
+                "funnel: no samples, so no rates; pass every request's sample, failures included"
+            )
+        counts, left = {}, self.requested
+        for stage in STAGES:
+            left -= self._stopped[stage]
+            counts[stage] = left
+        return Funnel(**counts, reasons=dict(self._reasons.most_common()))
+
+
 def funnel(samples: Iterable[Sample]) -> Funnel:
     """Count samples through the gates. Copies count as unique until `mark_duplicates` has marked them.
 
@@ -85,22 +115,11 @@ def funnel(samples: Iterable[Sample]) -> Funnel:
     Raises:
         EmptyInput: If there are no samples (0/0 is not a rate).
     """
-    stopped: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
-    requested = 0
+    tally = Tally()
     for sample in samples:
-        requested += 1
         reason = sample.verdict.reason
-        if reason is not None:
-            reasons[reason] += 1
-            stopped[stage_of(reason, sample.verdict)] += 1
-    if not requested:
-        raise EmptyInput("funnel: no samples, so no rates; pass every request's sample, failures included")
-    counts, left = {}, requested
-    for stage in STAGES:
-        left -= stopped[stage]
-        counts[stage] = left
-    return Funnel(**counts, reasons=dict(reasons.most_common()))
+        tally.add(reason, "" if reason is None else stage_of(reason, sample.verdict))
+    return tally.funnel()
 
 
 def stage_of(reason: str, verdict: Verdict | None = None) -> str:
@@ -129,54 +148,79 @@ def mark_duplicates(samples: Iterable[Sample]) -> list[Sample]:
     Cost: one primitive-cell reduction a sample, then one comparison for each earlier different crystal of the
     same formula and number of sites (others cannot match).
     """
-    from pymatgen.analysis.structure_matcher import StructureMatcher
-
-    matcher = StructureMatcher()
-    seen: dict[tuple[Any, ...], list[tuple[str, Any]]] = {}
+    seen: dict[str, list[Form]] = {}
     marked = []
     for sample in samples:
         structure = sample.structure
         if not sample.verdict.valid or structure is None:
             marked.append(sample)
             continue
-        if isinstance(structure, Molecule):
-            key, form = _molecule_form(structure)
-        else:
-            key, form = _crystal_form(structure, matcher)
-        earlier = seen.setdefault(key, [])
-        same = _molecules_agree if isinstance(structure, Molecule) else _matches(matcher)
-        first = next((name for name, other in earlier if same(other, form)), None)
+        form = form_of(sample.id, structure)
+        earlier = seen.setdefault(form.kind, [])
+        first = next((other.name for other in earlier if is_copy(form, other)), None)
         if first is None:
-            earlier.append((sample.id, form))
+            earlier.append(form)
             marked.append(replace(sample, verdict=_with_check(sample.verdict, True)))
         else:
-            verdict = replace(_with_check(sample.verdict, False), valid=False, reason="duplicate")
-            marked.append(replace(sample, verdict=replace(verdict, detail=f"same crystal as sample {first}")))
+            marked.append(replace(sample, verdict=duplicate(sample.verdict, first)))
     return marked
+
+
+def duplicate(verdict: Verdict, first: str) -> Verdict:
+    """Return the verdict of a valid copy of the sample `first`."""
+    marked = replace(_with_check(verdict, False), valid=False, reason="duplicate")
+    return replace(marked, detail=f"same crystal as sample {first}")
+
+
+@dataclass(frozen=True, eq=False)
+class Form:
+    """What comparing two structures needs of each, made once.
+
+    Attributes:
+        name: The sample's.
+        kind: Forms of different kinds are never copies.
+        content: Reduced structure, or the sorted distances of a molecule.
+    """
+
+    name: str
+    kind: str
+    content: Any
+
+
+def form_of(name: str, structure: Structure | Molecule) -> Form:
+    """Return the form of a structure: for crystals, the primitive and Niggli-reduced cell."""
+    if isinstance(structure, Molecule):
+        return Form(name, f"molecule {structure.composition.formula}", _distances_of(structure))
+    # What StructureMatcher.fit would do to both sides at each comparison; done once, it saves most time.
+    reduced = _matcher()._get_reduced_structure(structure, True, True)
+    return Form(name, f"crystal {structure.composition.reduced_formula} {len(reduced)}", reduced)
+
+
+def is_copy(later: Form, earlier: Form) -> bool:
+    """Tell whether two structures are the same, as `mark_duplicates` means it."""
+    if later.kind != earlier.kind:
+        return False
+    if isinstance(later.content, np.ndarray):
+        return bool((np.abs(earlier.content - later.content) <= _MOLECULE_DISTANCE_ANGSTROM).all())
+    return bool(_matcher().fit(later.content, earlier.content, skip_structure_reduction=True))
+
+
+@cache
+def _matcher() -> Any:
+    from pymatgen.analysis.structure_matcher import StructureMatcher
+
+    return StructureMatcher()
 
 
 def _with_check(verdict: Verdict, passed: bool) -> Verdict:
     return replace(verdict, checks={**verdict.checks, "unique": passed})
 
 
-def _crystal_form(structure: Structure, matcher: Any) -> tuple[tuple[Any, ...], Structure]:
-    # What StructureMatcher.fit would do to both sides at each comparison; done once, it saves most time.
-    reduced = matcher._get_reduced_structure(structure, True, True)
-    return ("crystal", structure.composition.reduced_formula, len(reduced)), reduced
-
-
-def _matches(matcher: Any) -> Any:
-    return lambda first, later: matcher.fit(later, first, skip_structure_reduction=True)
-
-
-def _molecule_form(molecule: Molecule) -> tuple[tuple[Any, ...], Any]:
+def _distances_of(molecule: Molecule) -> NDArray[np.float64]:
+    """Return the distances between atoms, by the elements of the pair, then by length."""
     numbers = np.array([site.specie.Z for site in molecule])
     first, second = np.triu_indices(len(numbers), 1)
     offsets = molecule.cart_coords[first] - molecule.cart_coords[second]
     distance = np.sqrt((offsets * offsets).sum(1))
     low, high = np.minimum(numbers[first], numbers[second]), np.maximum(numbers[first], numbers[second])
-    return ("molecule", molecule.composition.formula), distance[np.lexsort((distance, high, low))]
-
-
-def _molecules_agree(first: Any, later: Any) -> bool:
-    return bool((np.abs(first - later) <= _MOLECULE_DISTANCE_ANGSTROM).all())
+    return np.asarray(distance[np.lexsort((distance, high, low))])
