@@ -12,9 +12,10 @@ Not here: other engines (engine.py has the table); vLLM, which batches better an
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from crystallm_kit.engines.cache import growing_cache
 from crystallm_kit.engines.engine import Prompt, Sampling
 from crystallm_kit.engines.stopping import stop_table
 from crystallm_kit.errors import ImpossibleRequest, UserError
+from crystallm_kit.models.adapter_set import AdapterSet
 from crystallm_kit.models.bases import max_positions
 from crystallm_kit.records import Completion, StopReason
 from crystallm_kit.text.wyckoff import TOKENS
@@ -48,6 +50,10 @@ class TransformersEngine:
         device: Default: cuda where there is one.
         threads: Batches at a time; default: one on a GPU, and on a CPU as many as torch leaves cores free. On
             small models, batches side by side use two cores better than one batch whose matrices are split.
+        adapters: Name -> folder of adapters over the model, for prompts that name one.
+
+    Raises:
+        ModelError: If an adapter cannot share the model.
     """
 
     name = "transformers"
@@ -62,9 +68,11 @@ class TransformersEngine:
         batch_size: int = 256,
         device: str | torch.device | None = None,
         threads: int | None = None,
+        adapters: Mapping[str, str | Path] | AdapterSet | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.model = model.to(self.device).eval()
+        self.adapters = adapters if isinstance(adapters, AdapterSet) else AdapterSet(self.model, adapters)
         self.tokenizer = tokenizer
         self.stop = stop
         self.batch_size = batch_size
@@ -76,9 +84,12 @@ class TransformersEngine:
 
         Raises:
             ImpossibleRequest: If a beginning is not what its prompt's request lets through.
+            UnknownName: If a prompt names an adapter that is not there.
             UserError: If a prompt is empty or leaves no room for a completion, or a constraint is asked of a
                 model whose token ids are not those of the `wyckoff` format.
         """
+        for name in {p.adapter for p in prompts}:
+            self.adapters.check(name)
         ids = [self._prompt_ids(p.text) for p in prompts]
         if not all(ids):
             raise UserError("an empty prompt; a model goes on from at least one token")
@@ -88,9 +99,7 @@ class TransformersEngine:
                 f"a prompt of {longest} tokens; the model has {self._positions()} positions in all"
             )
         given = [self._given_ids(p) for p in prompts]
-        order = sorted(
-            range(len(prompts)), key=lambda i: (len(ids[i]), prompts[i].request is None, len(given[i]))
-        )
+        order = sorted(range(len(prompts)), key=lambda i: (*self._kind(prompts[i], ids[i]), len(given[i])))
         ready: dict[int, Completion] = {}
         following = 0
 
@@ -111,14 +120,18 @@ class TransformersEngine:
         finally:
             pool.shutdown(cancel_futures=True)
 
+    @staticmethod
+    def _kind(prompt: Prompt, ids: list[int]) -> tuple[str, int, bool]:
+        """Return what prompts of one batch have in common: adapter, length, whether they are constrained."""
+        return prompt.adapter, len(ids), prompt.request is None
+
     def _batches(
         self, order: list[int], ids: list[list[int]], prompts: Sequence[Prompt]
     ) -> Iterator[list[int]]:
-        """Yield rows of equal prompt length that are all constrained or all not."""
+        """Yield rows of one kind, so many at a time."""
         batch: list[int] = []
         for i in order:
-            same = batch and len(ids[i]) == len(ids[batch[0]])
-            same = same and (prompts[i].request is None) == (prompts[batch[0]].request is None)
+            same = batch and self._kind(prompts[i], ids[i]) == self._kind(prompts[batch[0]], ids[batch[0]])
             if batch and (not same or len(batch) == self.batch_size):
                 yield batch
                 batch = []
@@ -157,11 +170,12 @@ class TransformersEngine:
         # be the end of a sample.
         n_read = max(0, min(limit, *map(len, given)) - 1)
         inputs = torch.cat([inputs, given_BT[:, :n_read]], dim=1)
-        cache = growing_cache(self.model.config)
+        model = self.adapters.model(prompts[rows[0]].adapter)
+        cache = growing_cache(model.config)
         for t in range(limit):
             if t == 0 or t > n_read:
                 keep_last = n_read + 1 if t == 0 else 1
-                logits_BTV = self.model(
+                logits_BTV = model(
                     input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep_last
                 ).logits
             logits_BV = logits_BTV[:, t if t <= n_read else -1].float()

@@ -9,7 +9,8 @@ spoken to. Adapters of others have none; their template and format are then give
 
 An adapter trained on a quantised base is put on the base as it is published: merging needs its full weights.
 
-Not here: how adapters are trained and written (bases.py), whole models (checkpoints.py).
+Not here: how adapters are trained and written (bases.py), whole models (checkpoints.py), several adapters on
+one base (adapter_set.py).
 """
 
 import dataclasses
@@ -62,7 +63,7 @@ def load_adapter(
     folder = Path(folder)
     if importlib.util.find_spec("peft") is None:
         raise MissingExtra.of(f"adapter {folder}", "peft", "train")
-    settings = _settings(folder)
+    settings = adapter_settings(folder)
     name = base or settings["base_model_name_or_path"]
     try:
         source = base_source(name, beside=folder)
@@ -83,8 +84,8 @@ def load_adapter(
         device_map={"": device} if torch.device(device).type == "cuda" else None,
     )
     n_known = model.get_input_embeddings().weight.shape[0]
-    grow_embeddings(model, n_known, max(len(tokenizer), _rows_needed(folder, settings)))
-    merged = _attached(model, folder, name, device).merge_and_unload()
+    grow_embeddings(model, n_known, max(len(tokenizer), rows_needed(folder, settings)))
+    merged = attach(model, folder, name, device).merge_and_unload()
     set_special_ids(
         merged,
         bos_token_id=tokenizer.bos_token_id,
@@ -132,7 +133,8 @@ def merge_adapter(
     return save_model(out, model, files, manifest, dtype=dtype, max_shard_mb=max_shard_mb)
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def adapter_settings(folder: Path) -> dict[str, Any]:
+    """Return what adapter_config.json says, the weights file checked to be whole. Raises ModelError."""
     path = folder / "adapter_config.json"
     try:
         settings = dict(json.loads(path.read_text(encoding="utf-8")))
@@ -162,7 +164,7 @@ def _tokenizer(folder: Path, source: str, revision: str | None) -> Any:
     return tokenizer
 
 
-def _rows_needed(folder: Path, settings: Mapping[str, Any]) -> int:
+def rows_needed(folder: Path, settings: Mapping[str, Any]) -> int:
     """Return the rows that the embedding needs by what the adapter holds: trained rows, whole embeddings."""
     trained = settings.get("trainable_token_indices") or []
     lists = trained.values() if isinstance(trained, Mapping) else [trained]
@@ -176,8 +178,18 @@ def _rows_needed(folder: Path, settings: Mapping[str, Any]) -> int:
     return max(rows, default=0)
 
 
-def _attached(model: Any, folder: Path, name: str, device: str) -> Any:
-    """Return the adapter on its base; every weight of the file has its place, and every place its weight."""
+def attach(model: Any, folder: Path, name: str, device: str) -> Any:
+    """Return peft's model of a base with an adapter on it, the base's layers replaced.
+
+    Args:
+        model: The base.
+        folder: The adapter.
+        name: The base's, for messages.
+        device: Where to.
+
+    Raises:
+        ModelError: If not every weight of the file has its place, or not every place its weight.
+    """
     from peft import PeftModel, get_peft_model_state_dict
 
     wrong = f"{folder}: the adapter does not fit its base model '{name}'"
@@ -189,11 +201,17 @@ def _attached(model: Any, folder: Path, name: str, device: str) -> Any:
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, UserWarning) as error:
         raise ModelError(f"{wrong}: {' '.join(str(error).split())[:300]}") from error
     if (folder / _WEIGHTS).is_file():
-        from safetensors import safe_open
-
-        with safe_open(folder / _WEIGHTS, "pt") as file:
-            names = set(file.keys())
         places = set(get_peft_model_state_dict(adapted, save_embedding_layers=True))
-        if names - places:
-            raise ModelError(f"{wrong}: it has no layer for {min(names - places)}.")
+        if weight_names(folder) - places:
+            raise ModelError(f"{wrong}: it has no layer for {min(weight_names(folder) - places)}.")
     return adapted
+
+
+def weight_names(folder: Path) -> frozenset[str]:
+    """Return the names in an adapter's weights file; of peft's older kind of file, none."""
+    if not (folder / _WEIGHTS).is_file():
+        return frozenset()
+    from safetensors import safe_open
+
+    with safe_open(folder / _WEIGHTS, "pt") as file:
+        return frozenset(file.keys())
