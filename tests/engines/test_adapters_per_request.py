@@ -43,7 +43,9 @@ def prompts() -> list[Prompt]:
     ]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(temperature=0.0, max_new_tokens=40), Sampling(seed=3, max_new_tokens=40)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=0.0, max_new_tokens=40), Sampling(seed=3, max_new_tokens=40)]
+)
 def test_each_prompt_is_answered_by_its_own_adapter(base, per_request, sampling):
     """Greedy, and drawn, where the place among all prompts decides the draws."""
     merged = TransformersEngine(*load_model_folder(adapter_folder(ADAPTER))[:2], device="cpu")
