@@ -244,7 +244,7 @@ def stream(
     for start in range(0, len(prompts), CHUNK):
         chunk = prompts[start : start + CHUNK]
         # Draws depend on (seed, position), so every chunk gets a seed of its own, the first the caller's.
-        chunk_seed = seed if start == 0 else _new_seed(seed, start)
+        chunk_seed = seed if start == 0 else new_seed(seed, start)
         chunk_sampling = dataclasses.replace(sampling, seed=chunk_seed)
 
         def judged(completion: Completion, index: int) -> Sample:
@@ -252,13 +252,13 @@ def stream(
 
         samples = [judged(c, start + i) for i, c in enumerate(asked.engine.complete(chunk, chunk_sampling))]
         for attempt in range(1, rounds + 1):
-            again = [i for i, sample in enumerate(samples) if sample.verdict.reason in _GEOMETRY_REASONS]
+            again = [i for i, sample in enumerate(samples) if sample.verdict.reason in GEOMETRY_REASONS]
             # what was given is kept, even where it goes on into the numbers
-            kept = [max(_without_numbers(samples[i].text), chunk[i].beginning, key=len) for i in again]
+            kept = [max(without_numbers(samples[i].text), chunk[i].beginning, key=len) for i in again]
             redrawn = [
                 dataclasses.replace(chunk[i], beginning=text) for i, text in zip(again, kept, strict=True)
             ]
-            fresh = dataclasses.replace(sampling, seed=_new_seed(seed, start, attempt))
+            fresh = dataclasses.replace(sampling, seed=new_seed(seed, start, attempt))
             for i, completion in zip(again, asked.engine.complete(redrawn, fresh), strict=True):
                 sample = judged(completion, start + i)
                 measures = {**sample.measures, "redraws": attempt}
@@ -267,15 +267,16 @@ def stream(
 
 
 # What another cell and other coordinates for the same sites may mend.
-_GEOMETRY_REASONS = frozenset(("overlap", "density", "cell"))
+GEOMETRY_REASONS = frozenset(("overlap", "density", "cell"))
 
 
-def _without_numbers(text: str) -> str:
+def without_numbers(text: str) -> str:
     """Return a wyckoff text up to its numbers: composition, space group, sites."""
     return "".join(text.rpartition("\n")[:2])
 
 
-def _new_seed(*parts: int) -> int:
+def new_seed(*parts: int) -> int:
+    """Return a seed that follows from others: for a later chunk of a run, or another attempt."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
@@ -290,12 +291,19 @@ def _prompts(
     """Yield the prompts. Values left open by a condition (an interval) are drawn for each sample anew."""
     request = compiler(model) if constrained and takes_requests(model) else None
     for index, conditions in enumerate(requests):
-        rng = np.random.default_rng((seed, index, 1))
-        text = model.template.render(conditions, rng, quantiles=model.quantiles)
+        text = prompt_text(conditions, model, seed=seed, index=index)[0]
         beginning = beginnings[index] if beginnings else ""
         if beginning and model.template.begins_the_text:
             text, beginning = beginning, ""
         yield Prompt(text, beginning, request(conditions) if request else None)
+
+
+def prompt_text(conditions: Conditions, model: Model, *, seed: int, index: int) -> tuple[str, bool]:
+    """Return the prompt of one sample, and whether anything in it was drawn: if not, all samples share it."""
+    rng = np.random.default_rng((seed, index, 1))
+    untouched = rng.bit_generator.state
+    text = model.template.render(conditions, rng, quantiles=model.quantiles)
+    return text, rng.bit_generator.state != untouched
 
 
 def takes_requests(model: Model) -> bool:
@@ -331,12 +339,41 @@ def judge(
     protocol: str = "kit",
 ) -> Sample:
     """Return the sample of one completion: parsed, validated, measured."""
+    return judge_by(Judging.of(model, protocol), completion, conditions, index=index, seed=seed)
+
+
+@dataclass(frozen=True)
+class Judging:
+    """What judging a completion needs to know, without an engine, so that other processes can do it.
+
+    Attributes:
+        model: Name, as it appears in results.
+        representation: The text format.
+        begins_the_text: Whether prompts are the beginning of the crystal's text.
+        protocol: A name in scores.thresholds.PROTOCOLS.
+    """
+
+    model: str
+    representation: Representation
+    begins_the_text: bool
+    protocol: str = "kit"
+
+    @classmethod
+    def of(cls, model: Model, protocol: str = "kit") -> "Judging":
+        """Return what judging a model's completions needs."""
+        return cls(model.name, model.representation, model.template.begins_the_text, protocol)
+
+
+def judge_by(
+    judging: Judging, completion: Completion, conditions: Conditions, *, index: int, seed: int
+) -> Sample:
+    """Return the sample of one completion, as `judge`."""
     from crystallm_kit.scores.validity import validate_and_measure
 
-    given = completion.prompt if model.template.begins_the_text else ""
+    given = completion.prompt if judging.begins_the_text else ""
     text = given + completion.text
     parsed = parse_completion(
-        text, model.representation, stop_reason=completion.stop_reason, n_given=len(given)
+        text, judging.representation, stop_reason=completion.stop_reason, n_given=len(given)
     )
     common: dict[str, Any] = {
         "id": f"{seed}-{index}",
@@ -344,13 +381,16 @@ def judge(
         "conditions": conditions,
         "log_probability": completion.log_probability,
         "seed": seed,
-        "model": model.name,
+        "model": judging.model,
     }
     if isinstance(parsed, Verdict):
         return Sample(structure=None, verdict=parsed, **common)
     stated = parsed.properties.get("spacegroup_number")
     verdict, measures = validate_and_measure(
-        parsed, conditions=conditions, protocol=protocol, stated_spacegroup=int(stated) if stated else None
+        parsed,
+        conditions=conditions,
+        protocol=judging.protocol,
+        stated_spacegroup=int(stated) if stated else None,
     )
     return Sample(structure=parsed.structure, verdict=verdict, measures=measures, **common)
 
@@ -484,11 +524,11 @@ def ranked(samples: Iterable[Sample]) -> list[Sample]:
     samples are left out.
     """
     found = sorted((s for s in samples if s.structure is not None), key=lambda s: -s.log_probability)
-    counts = Counter(_without_numbers(s.text) for s in found)
+    counts = Counter(without_numbers(s.text) for s in found)
     seen: set[str] = set()
     levels: list[list[Sample]] = [[], [], []]
-    for sample in sorted(found, key=lambda s: -counts[_without_numbers(s.text)]):
-        kind, geometry = _without_numbers(sample.text), _rough(sample.text)
+    for sample in sorted(found, key=lambda s: -counts[without_numbers(s.text)]):
+        kind, geometry = without_numbers(sample.text), _rough(sample.text)
         levels[0 if kind not in seen else 1 if geometry not in seen else 2].append(sample)
         seen |= {kind, geometry}
     levels[1].sort(key=lambda s: -s.log_probability)
@@ -497,7 +537,7 @@ def ranked(samples: Iterable[Sample]) -> list[Sample]:
 
 def _rough(text: str) -> str:
     numbers = text.rpartition("\n")[2].split(" ")
-    return _without_numbers(text) + " ".join(w[:2] if w.startswith(".") else w.split(".")[0] for w in numbers)
+    return without_numbers(text) + " ".join(w[:2] if w.startswith(".") else w.split(".")[0] for w in numbers)
 
 
 def sample_to_dict(sample: Sample) -> dict[str, Any]:

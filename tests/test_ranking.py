@@ -7,14 +7,14 @@ import pytest
 
 from crystallm_kit.engines.engine import Prompt, Sampling
 from crystallm_kit.generation import (
-    _GEOMETRY_REASONS,
+    GEOMETRY_REASONS,
     _rough,
-    _without_numbers,
     compiler,
     generate,
     load_model,
     ranked,
     stream,
+    without_numbers,
 )
 from crystallm_kit.records import Conditions, Sample, Verdict
 from crystallm_kit.text.wyckoff import WyckoffRepresentation
@@ -73,7 +73,7 @@ def test_unparsed_samples_are_left_out_and_none_is_none():
 
 
 def test_a_text_is_cut_before_its_numbers():
-    assert _without_numbers(RUTILE.format("4.59 2.96 .3053")) == "Ti2 O4 136\nTi a\nO f\n"
+    assert without_numbers(RUTILE.format("4.59 2.96 .3053")) == "Ti2 O4 136\nTi a\nO f\n"
     assert _rough(RUTILE.format("4.59 2.96 .3053")) == "Ti2 O4 136\nTi a\nO f\n4 2 .3 end"
 
 
@@ -103,26 +103,26 @@ def again(model, hot):
 
 def test_without_redraws_impossible_geometries_stay(once):
     reasons = Counter(sample.verdict.reason for sample in once)
-    assert sum(reasons[reason] for reason in _GEOMETRY_REASONS) >= 5
+    assert sum(reasons[reason] for reason in GEOMETRY_REASONS) >= 5
     assert not any("redraws" in sample.measures for sample in once)
 
 
 def test_every_request_has_one_sample_and_those_redrawn_say_so(once, again):
     assert ids(again) == ids(once) == [f"5-{i}" for i in range(24)]
     for before, after in zip(once, again, strict=True):
-        if before.verdict.reason not in _GEOMETRY_REASONS:
+        if before.verdict.reason not in GEOMETRY_REASONS:
             assert after == before
             continue
         assert after.measures["redraws"] in (1, 2)
-        assert _without_numbers(after.text) == _without_numbers(before.text)
+        assert without_numbers(after.text) == without_numbers(before.text)
         assert after.conditions == before.conditions
-        if after.verdict.reason in _GEOMETRY_REASONS:
+        if after.verdict.reason in GEOMETRY_REASONS:
             assert after.measures["redraws"] == 2
 
 
 def test_redraws_mend_some_geometries(once, again):
     def failures(samples):
-        return sum(sample.verdict.reason in _GEOMETRY_REASONS for sample in samples)
+        return sum(sample.verdict.reason in GEOMETRY_REASONS for sample in samples)
 
     assert failures(again) < failures(once)
 
@@ -168,7 +168,7 @@ def test_numbers_drawn_cold_are_the_same_for_the_same_sites(model):
     samples = list(stream([TITANIA] * 24, seed=2, model=model, sampling=cold, redraws=0))
     numbers = {}
     for sample in samples:
-        numbers.setdefault(_without_numbers(sample.text), set()).add(sample.text)
+        numbers.setdefault(without_numbers(sample.text), set()).add(sample.text)
     assert len(numbers) > 1
     assert len(numbers) < 24
     assert all(len(texts) == 1 for texts in numbers.values())
