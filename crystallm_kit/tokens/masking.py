@@ -5,33 +5,34 @@ composition; the composition, elements, number of sites and space group that wer
 free coordinates used once; a cell with a volume. The end stays reachable from every state that a mask lets
 through, so no sample is lost to a dead end.
 
-How: everything is data. Per space group a few small integer tables; per sample a few integer counters that
-one call of `advance` moves for the whole batch with array operations. Nothing loops over samples or over
-tokens, nothing asks Python what comes next, so the same code runs on a GPU beside the model.
+How: everything is data. Per space group a few small integer tables; per sample one row of integers that one
+call of `advance` moves for the whole batch with array operations, all kinds of token at once. Nothing loops
+over samples or over tokens, nothing asks Python what comes next and nothing waits for the device, so the same
+code runs on a GPU beside the model, and inside a CUDA graph.
 
-The arithmetic that keeps the end reachable. A space group offers letters with free coordinates without limit,
-and letters without any (fixed letters) once each. Fixed letters of one multiplicity are alike, so what is
-used of them is a small vector of counts, one per multiplicity: at most 27 such vectors in any group, so a set
-of them is one integer, and 112 different tables serve 230 groups. Elements compete for fixed letters. What a
-composition can use of them, and what it must leave, are such sets, and both grow by one rule:
+A batch has slots: a sample takes one (`put`), and leaves it to another while the rest go on.
+
+The arithmetic that keeps the end reachable (wyckoff_tables.py has the tables). Elements compete for fixed
+letters. What a composition can use of them, and what it must leave, are sets of fixed-letter vectors, and
+both grow by one rule:
     after an element with n atoms, set -> { u + v : u in set, v a vector with which n atoms can be placed }
-where "placed" means: on exactly the fixed letters v, the rest on free letters. `sums[s, n, u]` holds the
-inner set. From the first element on it tells which fixed letters can be in use (while the composition is
-being written); from the last element back, which must be left for the elements to come (while sites are being
-written). A count, a space group or a letter is let through if something stays possible.
+where "placed" means: on exactly the fixed letters v, the rest on free letters. From the first element on such
+a set tells which fixed letters can be in use (while the composition is being written); from the last element
+back, which must be left for the elements to come (while sites are being written). A count, a space group or a
+letter is let through if something stays possible.
 
     >>> constraint = WyckoffConstraint([compile_request(Conditions(formula={"Na": 1, "Cl": 1}))] * 8)
     >>> logits_BV.masked_fill_(~constraint.mask(), -inf); constraint.advance(drawn_B)
 
-Not here: sampling (engines/); distances between atoms, which validation checks afterwards
-(scores/validity.py).
+Not here: sampling (engines/); what is asked (requests.py); distances between atoms, which validation checks
+afterwards (scores/validity.py).
 """
 
-# Shape legend: B batch, b some of it, V vocabulary, S signature of a group, N count 0-99, C fixed-letter
-# vectors, L letters, E elements of one composition, K tracked groups, A count plans, G space groups.
+# Shape legend: B batch (slots), V vocabulary, S signature of a group, N count 0-99, C fixed-letter vectors,
+# X sets of them, L letters, E elements of one composition, K tracked groups, A count plans, G space groups.
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,12 +42,64 @@ import torch
 from crystallm_kit.structures.elements import ELEMENTS
 from crystallm_kit.text import wyckoff as format_
 from crystallm_kit.tokens.requests import Request
-from crystallm_kit.tokens.wyckoff_tables import MAX_ELEMENTS, N_COUNTS, N_LETTERS, tables, witnesses
+from crystallm_kit.tokens.wyckoff_tables import (
+    MAX_ELEMENTS,
+    N_COUNTS,
+    N_LETTERS,
+    automaton,
+    tables,
+    witnesses,
+)
 
 HEADER_ELEMENT, HEADER_COUNT, SITE_ELEMENT, SITE_LETTER, LATTICE_INTEGER, LATTICE_PAIR, COORDINATE, \
-    COORDINATE_PAIR, ENDING, DONE = range(10)  # fmt: skip
+    COORDINATE_PAIR, ENDING, DONE, FREE = range(11)  # fmt: skip
+# The kind of token after each kind; where it depends on more, advance() has the last word.
+_AFTER = (
+    HEADER_COUNT, HEADER_ELEMENT, SITE_LETTER, SITE_ELEMENT, LATTICE_PAIR, LATTICE_INTEGER, COORDINATE_PAIR,
+    COORDINATE, DONE, DONE, FREE,
+)  # fmt: skip
 _LENGTH_RANGE = (1, 199)  # angstrom
 _ANGLE_RANGE = (30, 149)  # degree
+_N_ELEMENTS = len(ELEMENTS)
+_N_GROUPS = 230
+_N_TRACKED = 5  # groups whose room is watched while a composition is written
+_N_SIGNATURES = 112
+_MAX_KNOWN = 4_096  # different requests whose tables are kept on the device
+
+# What a sample was asked for: names and widths of the columns of one int16 row.
+_ASKED = {
+    "elements": _N_ELEMENTS,  # may occur
+    "elements_after": _N_ELEMENTS,  # how many of them come later
+    "required": MAX_ELEMENTS + 1,  # ranks, increasing, padded with 103
+    "n_required": 1,
+    "n_elements": 1,
+    "n_sites": 1,
+    "max_sites": 1,
+    "has_plan": 1,
+    "groups": _N_GROUPS,
+    "tracked": _N_TRACKED,  # index of the group, -1 where none
+}
+# Where a sample stands: the same for one int64 row.
+_STATE = {
+    "mode": 1,
+    "k": 1,  # elements written
+    "rank": 1,  # of the last element
+    "total": 1,  # atoms written
+    "required_met": 1,
+    "composition_rank": MAX_ELEMENTS,
+    "composition_count": MAX_ELEMENTS,
+    "used": _N_TRACKED,  # set of vectors in use, of each tracked group
+    "used_in": _N_SIGNATURES,  # the same of each signature
+    "group": 1,
+    "enough": MAX_ELEMENTS + 1,  # set of vectors left with which elements i, i + 1 ... fit
+    "element": 1,  # index of the element whose sites are being written
+    "missing": 1,  # atoms of it still to place
+    "left": 1,  # vector of fixed letters left
+    "used_letters": N_LETTERS,
+    "slot": 1,  # lattice parameter being written
+    "n_coordinates": 1,  # free coordinates still to write
+    "angles": 2,  # integer parts of alpha and beta
+}
 
 
 class WyckoffConstraint:
@@ -63,7 +116,7 @@ class WyckoffConstraint:
 
     def __init__(
         self,
-        requests: Sequence[Request],
+        requests: Sequence[Request | None],
         *,
         vocabulary_size: int | None = None,
         device: str | torch.device = "cpu",
@@ -72,85 +125,134 @@ class WyckoffConstraint:
         self.vocabulary_size = vocabulary_size or len(format_.TOKENS)
         self._t = _device_tables(str(self.device))
         self._ids = _token_tables(str(self.device), self.vocabulary_size)
-        self._init_requests(requests)
-        self._init_state(len(requests))
+        self.tracks = False  # whether a sample's groups were ever tracked
+        self._known: dict[Request | None, int] = {}
+        self._known_asked = torch.zeros(0, sum(_ASKED.values()), dtype=torch.int16, device=self.device)
+        self._known_plans = torch.zeros(0, 1, MAX_ELEMENTS, dtype=torch.uint8, device=self.device)
+        size = len(requests)
+        self._look_at(
+            torch.zeros(size, sum(_ASKED.values()), dtype=torch.int16, device=self.device),
+            torch.zeros(size, sum(_STATE.values()), dtype=torch.long, device=self.device),
+            torch.zeros(size, 1, MAX_ELEMENTS, dtype=torch.uint8, device=self.device),
+            torch.zeros(size, 1, dtype=torch.bool, device=self.device),
+        )
+        self.put(range(size), requests)
 
-    def _init_requests(self, requests: Sequence[Request]) -> None:
-        distinct = {r: i for i, r in enumerate(dict.fromkeys(requests))}
-        which = torch.tensor([distinct[r] for r in requests], device=self.device)
-        size, n_plans = len(distinct), max(1, *(len(r.plans) for r in distinct))
-        tracked = {r: self._tracked(r) for r in distinct}
-        n_tracked = max(1, *(len(k) for k in tracked.values()))
-        elements = np.zeros((size, len(ELEMENTS)), dtype=bool)
-        required = np.full((size, MAX_ELEMENTS + 1), len(ELEMENTS))
-        plans = np.zeros((size, n_plans, MAX_ELEMENTS), dtype=np.int64)
-        alive = np.zeros((size, n_plans), dtype=bool)
-        groups = np.zeros((size, 230), dtype=bool)
-        tracked_array = np.full((size, n_tracked), -1)
-        for r, i in distinct.items():
-            elements[i, list(r.elements)] = True
-            required[i, : len(r.required)] = r.required
-            for j, plan in enumerate(r.plans):
-                plans[i, j, : len(plan)] = plan
-                alive[i, j] = True
-            groups[i, [g - 1 for g in r.groups] if r.groups else slice(None)] = True
-            tracked_array[i, : len(tracked[r])] = [g - 1 for g in tracked[r]]
+    @classmethod
+    def empty(
+        cls, n_slots: int, *, vocabulary_size: int | None = None, device: str | torch.device = "cpu"
+    ) -> "WyckoffConstraint":
+        """Return a constraint of free slots: everything is allowed in them, and `advance` leaves them."""
+        return cls([None] * n_slots, vocabulary_size=vocabulary_size, device=device)
 
-        def per_sample(array: npt.NDArray[np.generic]) -> torch.Tensor:
-            return torch.from_numpy(array).to(self.device)[which]
+    def _look_at(
+        self, asked: torch.Tensor, state: torch.Tensor, plans: torch.Tensor, alive: torch.Tensor
+    ) -> None:
+        """Take over the tensors of the batch, and name their columns.
 
-        self.elements = per_sample(elements)  # (B, 103)
-        self.elements_after = self.elements.flip(1).cumsum(1).flip(1) - self.elements.long()  # (B, 103)
-        self.required = per_sample(required)  # (B, E + 1), increasing, padded with 103
-        self.n_required = per_sample(np.array([len(r.required) for r in distinct]))
-        self.n_elements = per_sample(np.array([r.n_elements for r in distinct]))
-        self.n_sites = per_sample(np.array([r.n_sites for r in distinct]))
-        self.max_sites = per_sample(np.array([r.max_sites for r in distinct]))
-        self.has_plan = per_sample(np.array([bool(r.plans) for r in distinct]))
-        self.plans = per_sample(plans)  # (B, A, E)
-        self.alive = per_sample(alive)  # (B, A)
-        self.groups = per_sample(groups)  # (B, 230)
-        self.tracked = per_sample(tracked_array)  # (B, K), -1 where none
-        self.is_tracked = (self.tracked >= 0).any(1)
+        Args:
+            asked: (B, sum of _ASKED) int16.
+            state: (B, sum of _STATE) int64.
+            plans: (B, A, E) uint8: counts of the elements in order, zero-padded.
+            alive: (B, A) bool: plans that what is written agrees with.
+        """
+        self._asked, self._state, self.plans, self.alive = asked, state, plans, alive
+        for tensor, columns in ((asked, _ASKED), (state, _STATE)):
+            start = 0
+            for name, width in columns.items():
+                view = tensor[:, start] if width == 1 else tensor[:, start : start + width]
+                setattr(self, name, view)
+                start += width
 
-    @staticmethod
-    def _tracked(request: Request) -> tuple[int, ...]:
-        if not request.groups or request.plans:
-            return ()
-        watched = request.groups if len(request.groups) == 1 else witnesses(request.groups)
-        t = tables()
-        holds_anything = ((t.multiplicity == 1) & ~t.is_fixed).any(1)
-        return () if any(holds_anything[g - 1] for g in watched) else watched
+    # what _look_at names
+    elements: torch.Tensor
+    elements_after: torch.Tensor
+    required: torch.Tensor
+    n_required: torch.Tensor
+    n_elements: torch.Tensor
+    n_sites: torch.Tensor
+    max_sites: torch.Tensor
+    has_plan: torch.Tensor
+    groups: torch.Tensor
+    tracked: torch.Tensor
+    mode: torch.Tensor
+    k: torch.Tensor
+    rank: torch.Tensor
+    total: torch.Tensor
+    required_met: torch.Tensor
+    composition_rank: torch.Tensor
+    composition_count: torch.Tensor
+    used: torch.Tensor
+    used_in: torch.Tensor
+    group: torch.Tensor
+    enough: torch.Tensor
+    element: torch.Tensor
+    missing: torch.Tensor
+    left: torch.Tensor
+    used_letters: torch.Tensor
+    slot: torch.Tensor
+    n_coordinates: torch.Tensor
+    angles: torch.Tensor
 
-    def _init_state(self, size: int) -> None:
-        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> torch.Tensor:
-            return torch.zeros(size, *shape, dtype=dtype, device=self.device)
+    # Slots
 
-        self.mode = zeros()
-        self.k = zeros()  # elements written
-        self.rank = zeros() - 1  # of the last element
-        self.total = zeros()  # atoms written
-        self.required_met = zeros()
-        self.composition_rank = zeros(MAX_ELEMENTS)
-        self.composition_count = zeros(MAX_ELEMENTS)
-        self.used = (self.tracked >= 0).long()  # (B, K): set of vectors in use; at first {0}
-        self.group = zeros()
-        self.enough = zeros(
-            MAX_ELEMENTS + 1
-        )  # (B, E + 1): set of vectors left with which elements i, i + 1 ... fit
-        self.element = zeros()  # index of the element whose sites are being written
-        self.missing = zeros()  # atoms of it still to place
-        self.left = zeros()  # vector of fixed letters left
-        self.used_letters = zeros(N_LETTERS, dtype=torch.bool)
-        self.slot = zeros()  # lattice parameter being written
-        self.n_coordinates = zeros()  # free coordinates still to write
-        self.angles = zeros(2)  # integer parts of alpha and beta
+    def put(self, rows: Sequence[int], requests: Sequence[Request | None]) -> None:
+        """Start a sample in each of these slots; None: a free slot."""
+        if not len(rows):
+            return
+        if len(self._known) + len(requests) > _MAX_KNOWN:
+            self._known.clear()
+            self._known_asked, self._known_plans = self._known_asked[:0], self._known_plans[:0]
+        which = torch.tensor([self._number(r) for r in requests]).to(self.device, non_blocking=True)
+        index = torch.tensor(list(rows)).to(self.device, non_blocking=True)
+        width = self._known_plans.shape[1]
+        if width > self.plans.shape[1]:
+            plans, alive = self.plans, self.alive
+            self.plans = plans.new_zeros(len(plans), width, MAX_ELEMENTS)
+            self.alive = alive.new_zeros(len(alive), width)
+            self.plans[:, : plans.shape[1]] = plans
+            self.alive[:, : alive.shape[1]] = alive
+        asked, plans = self._known_asked[which], self._known_plans[which]
+        self._asked[index] = asked
+        self.plans[index] = plans
+        self.alive[index] = plans[:, :, 0] > 0
+        self._state[index] = self._t.first_state
+        tracked = asked[:, -_N_TRACKED:].long()
+        signature = self._t.signature[tracked.clamp(min=0)]
+        self.used[index] = torch.where(tracked >= 0, self._t.nothing_used[signature], 0)
+        self.mode[index] = torch.where(asked[:, 0] < 0, FREE, HEADER_ELEMENT)
+
+    def _number(self, request: Request | None) -> int:
+        """Return where a request's tables stand on the device; they are made when it is first met."""
+        if request in self._known:
+            return self._known[request]
+        plans = request.plans if request else ()
+        width = self._known_plans.shape[1]
+        while width < len(plans):
+            width *= 2
+        padded = np.zeros((1, width, MAX_ELEMENTS), dtype=np.uint8)
+        for j, plan in enumerate(plans):
+            padded[0, j, : len(plan)] = plan
+        self.tracks |= bool(request and _tracked(request))
+        wider = self._known_plans.new_zeros(len(self._known_plans), width, MAX_ELEMENTS)
+        wider[:, : self._known_plans.shape[1]] = self._known_plans
+        self._known_plans = torch.cat([wider, torch.from_numpy(padded).to(self.device)])
+        asked = torch.from_numpy(_asked_row(request)[None]).to(self.device)
+        self._known_asked = torch.cat([self._known_asked, asked])
+        self._known[request] = len(self._known_asked) - 1
+        return self._known[request]
+
+    def move(self, from_rows: Sequence[int], to_rows: Sequence[int]) -> None:
+        """Copy the samples of some slots to others, all at once; what stood there is gone."""
+        origin, target = (torch.tensor(list(rows), device=self.device) for rows in (from_rows, to_rows))
+        for tensor in (self._asked, self._state, self.plans, self.alive):
+            tensor[target] = tensor[origin]
 
     def take(self, rows: torch.Tensor) -> "WyckoffConstraint":
         """Return the constraint of some of the samples, for a batch that shrinks. `rows`: (B',) int64."""
         other = object.__new__(WyckoffConstraint)
-        for name, value in vars(self).items():
-            setattr(other, name, value[rows] if isinstance(value, torch.Tensor) else value)
+        other.__dict__.update(vars(self))
+        other._look_at(self._asked[rows], self._state[rows], self.plans[rows], self.alive[rows])
         return other
 
     @property
@@ -163,242 +265,132 @@ class WyckoffConstraint:
         """(B,) bool: samples whose next token belongs to the cell or to a coordinate."""
         return (self.mode >= LATTICE_INTEGER) & (self.mode <= COORDINATE_PAIR)
 
+    # What may come next
+
     def mask(self) -> torch.Tensor:
         """Return (B, V) bool: True where a token may come next. Never all False."""
-        allowed = torch.zeros(len(self.mode), self.vocabulary_size, dtype=torch.bool, device=self.device)
-        for mode, write in (
-            (HEADER_ELEMENT, self._mask_header), (HEADER_COUNT, self._mask_count),
-            (SITE_ELEMENT, self._mask_site_element), (SITE_LETTER, self._mask_letter),
-            (LATTICE_INTEGER, self._mask_lattice),
-        ):  # fmt: skip
-            rows = (self.mode == mode).nonzero().squeeze(1)
-            if len(rows):
-                write(rows, allowed)
-        for mode, ids in self._ids.constant.items():
-            allowed |= (self.mode == mode)[:, None] & ids
-        return allowed
+        header = self.mode == HEADER_ELEMENT
+        element, group = self._header()
+        element &= header[:, None]
+        at_site = self.composition_rank.gather(1, self.element.clamp(max=MAX_ELEMENTS - 1)[:, None])
+        element |= (self._ids.ranks == at_site) & (self.mode == SITE_ELEMENT)[:, None]
+        values = torch.cat(
+            [
+                element,
+                self._counts() & (self.mode == HEADER_COUNT)[:, None],
+                group & header[:, None],
+                self._letters() & (self.mode == SITE_LETTER)[:, None],
+                self._lattice_integers() & (self.mode == LATTICE_INTEGER)[:, None],
+                torch.zeros_like(header)[:, None],
+            ],
+            1,
+        )
+        return self._ids.constant[self.mode] | values[:, self._ids.column]
 
-    def advance(self, tokens: torch.Tensor) -> None:
-        """Move every sample on by one token. `tokens`: (B,) int64 ids that the last mask allowed."""
-        mode = self.mode.clone()
-        for current, step in (
-            (HEADER_ELEMENT, self._after_header), (HEADER_COUNT, self._after_count),
-            (SITE_ELEMENT, self._after_site_element), (SITE_LETTER, self._after_letter),
-            (LATTICE_INTEGER, self._after_lattice_integer), (LATTICE_PAIR, self._after_lattice_pair),
-            (COORDINATE, self._after_coordinate), (COORDINATE_PAIR, self._after_coordinate_pair),
-            (ENDING, self._after_end),
-        ):  # fmt: skip
-            rows = (mode == current).nonzero().squeeze(1)
-            if len(rows):
-                step(rows, tokens[rows])
+    def _still_to_write(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (elements still to write at least, whether exactly that many): (B,) each."""
+        exact = self.n_elements > 0
+        return torch.where(exact, self.n_elements - self.k, self.n_required - self.required_met), exact
 
-    # Composition and space group
-
-    def _slots(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (elements still to write at least, whether exactly that many) for each row."""
-        required_left = self.n_required[rows] - self.required_met[rows]
-        exact = self.n_elements[rows] > 0
-        return torch.where(exact, self.n_elements[rows] - self.k[rows], required_left), exact
-
-    def _mask_header(self, rows: torch.Tensor, allowed: torch.Tensor) -> None:
-        ranks = torch.arange(len(ELEMENTS), device=self.device)
-        slots, exact = self._slots(rows)
-        required_left = self.n_required[rows] - self.required_met[rows]
-        following = self.required[rows, self.required_met[rows]]  # next required rank, 103 if none
-        is_required = ranks == following[:, None]
-        room = torch.where(exact, slots > required_left, self.k[rows] + required_left < MAX_ELEMENTS)
+    def _header(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which elements (B, 103) and groups (B, 230) may come where an element or group is due."""
+        slots, exact = self._still_to_write()
+        required_left = self.n_required - self.required_met
+        following = self.required.gather(1, self.required_met[:, None]).long()  # next required, 103 if none
+        is_required = self._ids.ranks == following
+        room = torch.where(exact, slots > required_left, self.k + required_left < MAX_ELEMENTS)
         # Elements to come from here on, this one counted, if it is a required one and if it is another.
         needed = slots.clamp(min=1)
-        needed_other = torch.where(exact, needed, required_left + 1)
-        enough_after = self.elements_after[rows] >= (slots - 1)[:, None]
+        needed = torch.stack([needed, torch.where(exact, needed, required_left + 1)], 1)  # (B, 2)
+        enough_after = self.elements_after >= (slots - 1)[:, None]
         element = (
-            self.elements[rows]
-            & (ranks > self.rank[rows, None])
-            & (ranks <= following[:, None])
+            (self.elements > 0)
+            & (self._ids.ranks > self.rank[:, None])
+            & (self._ids.ranks <= following)
             & (enough_after | ~exact[:, None])
         )
-        more = torch.where(exact, slots > 0, self.k[rows] < MAX_ELEMENTS)
-        wanted = self.n_sites[rows]
-        atoms = torch.where(wanted > 0, wanted, self.max_sites[rows]) - self.total[rows]
-        fits = atoms[:, None] >= torch.stack([needed, needed_other], 1)  # (b, 2)
-        tracked = self.is_tracked[rows].nonzero().squeeze(1)
-        if len(tracked):
-            r = rows[tracked]
-            fits[tracked] &= self._room_for(
-                r,
-                atoms[tracked, None].expand(-1, 2),
-                torch.stack([needed, needed_other], 1)[tracked],
-                self.used[r][:, None].expand(-1, 2, -1),
-            )
-        allowed_other = room & fits[:, 1]
-        element &= more[:, None] & torch.where(is_required, fits[:, :1], allowed_other[:, None])
-        closable = (self.k[rows] > 0) & (slots <= 0) & ((wanted == 0) | (self.total[rows] == wanted))
-        allowed[rows[:, None], self._ids.element] = element
-        group = self.groups[rows] & closable[:, None]
-        ready = closable.nonzero().squeeze(1)
-        if len(ready):
-            group[ready] &= self.holding_groups(self.composition_count[rows[ready]])
-        allowed[rows[:, None], self._ids.group] = group
+        more = torch.where(exact, slots > 0, self.k < MAX_ELEMENTS)
+        atoms = torch.where(self.n_sites > 0, self.n_sites, self.max_sites) - self.total
+        fits = atoms[:, None] >= needed
+        if self.tracks:
+            used = self.used[:, None].expand(-1, 2, -1)
+            fits &= self._room_for(atoms[:, None].expand(-1, 2), needed, used)
+        element &= more[:, None] & torch.where(is_required, fits[:, :1], (room & fits[:, 1])[:, None])
+        closable = (self.k > 0) & (slots <= 0) & ((self.n_sites == 0) | (self.total == self.n_sites))
+        group = (self.groups > 0) & closable[:, None] & (self.used_in > 0)[:, self._t.signature]
+        return element, group
 
-    def holding_groups(self, counts: torch.Tensor) -> torch.Tensor:
-        """Return (B, 230) bool: the space groups that can hold a composition; counts: (B, E), zero-padded."""
-        distinct, inverse = torch.unique(counts.sort(1, descending=True).values, dim=0, return_inverse=True)
-        used = torch.ones(len(distinct), len(self._t.full), dtype=torch.long, device=self.device)
-        for j in range(int((distinct > 0).sum(1).max())):
-            used = _union(used, self._t.sums[:, distinct[:, j]].transpose(0, 1))
-        return (used != 0)[inverse][:, self._t.signature]
-
-    def _room_for(
-        self, rows: torch.Tensor, atoms: torch.Tensor, elements: torch.Tensor, used: torch.Tensor
-    ) -> torch.Tensor:
+    def _room_for(self, atoms: torch.Tensor, elements: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
         """Tell whether a tracked group can hold that many more atoms as that many elements or more.
 
-        Without a fixed number of sites, `atoms` is what may at most be added.
+        Without a fixed number of sites, `atoms` is what may at most be added. True where no group is tracked.
 
         Args:
-            rows: (b,) samples.
-            atoms: (b, X).
-            elements: (b, X), at least.
-            used: (b, X, K) sets of vectors in use.
+            atoms: (B, Y).
+            elements: (B, Y), at least.
+            used: (B, Y, K) sets of vectors in use.
 
         Returns:
-            (b, X) bool
+            (B, Y) bool
         """
-        t, exact = self._t, self.n_sites[rows] > 0
-        signature = t.signature[self.tracked[rows].clamp(min=0)][:, None]  # (b, 1, K)
-        atoms_K, elements_K = atoms.clamp(min=0)[..., None], elements.clamp(min=0)[..., None]
+        t = self._t
+        signature = t.signature[self.tracked.clamp(min=0).long()][:, None]  # (B, 1, K)
+        atoms_K = atoms.clamp(0, N_COUNTS - 1)[..., None]
+        elements_K = elements.clamp(0, MAX_ELEMENTS)[..., None]
         sets = torch.where(
-            exact[:, None, None],
+            (self.n_sites > 0)[:, None, None],
             t.enough[signature, atoms_K, elements_K],
             t.enough_within[signature, atoms_K, elements_K],
         )
-        return (sets & used).ne(0).any(-1) & (atoms >= 0)
+        fits = ((sets & t.members[used]) != 0).any(-1) & (atoms >= 0)
+        return fits | (self.tracked[:, :1] < 0)
 
-    def _mask_count(self, rows: torch.Tensor, allowed: torch.Tensor) -> None:
-        counts = torch.arange(N_COUNTS, device=self.device)
-        slots, exact = self._slots(rows)  # the element of this count is written already
-        wanted, total = self.n_sites[rows, None], self.total[rows, None]
-        rest = wanted - total - counts  # (b, N)
-        no_more = (self.k[rows] == MAX_ELEMENTS) | (self.elements_after[rows, self.rank[rows]] == 0)
-        last = torch.where(exact, slots == 0, no_more)[:, None]
+    def _counts(self) -> torch.Tensor:
+        """Return (B, N): which counts an element may have; its symbol is written already."""
+        counts = self._ids.counts
+        slots, exact = self._still_to_write()
+        wanted, total = self.n_sites[:, None], self.total[:, None]
+        rest = wanted - total - counts  # (B, N)
+        n_after = self.elements_after.gather(1, self.rank.clamp(min=0)[:, None]).squeeze(1)
+        last = torch.where(exact, slots == 0, (self.k == MAX_ELEMENTS) | (n_after == 0))[:, None]
         slots = slots.clamp(min=0)[:, None]
         with_sites = torch.where(last, rest == 0, rest >= slots) & (rest >= 0)
-        without = total + counts + slots <= self.max_sites[rows, None]
-        fits = (counts > 0) & torch.where(wanted > 0, with_sites, without)
-        planned = torch.zeros(len(rows), N_COUNTS, dtype=torch.uint8, device=self.device)
-        position = (self.k[rows] - 1)[:, None, None].expand(-1, self.plans.shape[1], 1)
-        plan_count = self.plans[rows].gather(2, position).squeeze(2)  # (b, A)
-        planned.scatter_reduce_(1, plan_count, self.alive[rows].to(torch.uint8), "amax")
-        fits = torch.where(self.has_plan[rows, None], planned.bool() & (counts > 0), fits)
-        tracked = self.is_tracked[rows].nonzero().squeeze(1)
-        if len(tracked):
-            r = rows[tracked]
-            sums = self._t.sums[self._t.signature[self.tracked[r].clamp(min=0)]].transpose(
-                1, 2
-            )  # (b, N, K, C)
-            after = _union(self.used[r][:, None].expand(sums.shape[:-1]), sums)
-            room = torch.where(
-                wanted[tracked] > 0, rest[tracked], self.max_sites[r, None] - total[tracked] - counts
-            )
-            fits[tracked] &= self._room_for(r, room, slots[tracked].expand_as(room), after)
-        allowed[rows[:, None], self._ids.count[1:]] = fits[:, 1:]
+        without = total + counts + slots <= self.max_sites[:, None]
+        fits = torch.where(wanted > 0, with_sites, without)
+        position = (self.k - 1).clamp(min=0)[:, None, None].expand(-1, self.plans.shape[1], 1)
+        plan_count = self.plans.gather(2, position).squeeze(2).long()  # (B, A)
+        planned = torch.zeros_like(fits, dtype=torch.uint8)
+        planned = planned.scatter_reduce(1, plan_count, self.alive.to(torch.uint8), "amax") > 0
+        fits = torch.where(self.has_plan[:, None] > 0, planned, fits)
+        fits &= counts > 0
+        if self.tracks:
+            after = self._t.after[self.used].transpose(1, 2)  # (B, N, K)
+            room = torch.where(wanted > 0, rest, self.max_sites[:, None] - total - counts)
+            fits &= self._room_for(room, slots.expand_as(room), after)
+        return fits
 
-    def _after_header(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
-        rank, group = self._ids.rank_of[tokens], self._ids.group_of[tokens]
-        element = rank >= 0
-        r, v = rows[element], rank[element]
-        self.required_met[r] += (self.required[r, self.required_met[r]] == v).long()
-        self.composition_rank[r, self.k[r]] = v
-        self.rank[r] = v
-        self.k[r] += 1
-        self.mode[r] = HEADER_COUNT
-        r, v = rows[~element], group[~element]
-        if len(r):
-            self._choose_group(r, v)
-
-    def _after_count(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
-        count = self._ids.count_of[tokens]
-        position = self.k[rows] - 1
-        self.composition_count[rows, position] = count
-        self.total[rows] += count
-        plan_count = (
-            self.plans[rows].gather(2, position[:, None, None].expand(-1, self.plans.shape[1], 1)).squeeze(2)
-        )
-        self.alive[rows] &= plan_count == count[:, None]
-        tracked = self.is_tracked[rows].nonzero().squeeze(1)
-        if len(tracked):
-            r = rows[tracked]
-            sums = self._t.sums[self._t.signature[self.tracked[r].clamp(min=0)], count[tracked, None]]
-            self.used[r] = _union(self.used[r], sums)
-        self.mode[rows] = HEADER_ELEMENT
-
-    def _choose_group(self, rows: torch.Tensor, group: torch.Tensor) -> None:
-        t, signature = self._t, self._t.signature[group]
-        self.group[rows] = group
-        everything = torch.full_like(group, (1 << t.n_vectors) - 1)
-        self.enough[rows, MAX_ELEMENTS] = everything
-        for i in reversed(range(MAX_ELEMENTS)):
-            count = self.composition_count[rows, i]
-            following = self.enough[rows, i + 1]
-            self.enough[rows, i] = torch.where(
-                count > 0, _union(following, t.sums[signature, count]), following
-            )
-        self.left[rows] = t.full[signature]
-        self.missing[rows] = self.composition_count[rows, 0]
-        self.mode[rows] = SITE_ELEMENT
-
-    # Sites
-
-    def _mask_site_element(self, rows: torch.Tensor, allowed: torch.Tensor) -> None:
-        rank = self.composition_rank[rows, self.element[rows]]
-        allowed[rows, self._ids.element[rank]] = True
-
-    def _after_site_element(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
-        del tokens  # there was only one choice
-        self.mode[rows] = SITE_LETTER
-
-    def _after_this_letter(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return (b, L): atoms still missing after each letter, and the fixed letters left (C where
+    def _after_each_letter(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (B, L): atoms still missing after each letter, and the fixed letters left (C where
         impossible).
         """
-        group = self.group[rows]
-        left = (
-            self._t.left_after[group]
-            .gather(2, self.left[rows][:, None, None].expand(-1, N_LETTERS, 1))
-            .squeeze(2)
-        )
-        return self.missing[rows, None] - self._t.multiplicity[group], left
+        left = self.left[:, None, None].expand(-1, N_LETTERS, 1)
+        left = self._t.left_after[self.group].gather(2, left).squeeze(2)
+        return self.missing[:, None] - self._t.multiplicity[self.group], left
 
-    def _mask_letter(self, rows: torch.Tensor, allowed: torch.Tensor) -> None:
-        t, group = self._t, self.group[rows]
-        missing, left = self._after_this_letter(rows)
-        fits = (t.multiplicity[group] > 0) & (missing >= 0) & (left < t.n_vectors)
-        fits &= ~(t.is_fixed[group] & self.used_letters[rows])
-        following = self.enough[rows, self.element[rows] + 1][:, None].expand_as(missing)
-        possible = _union(following, t.sums[t.signature[group][:, None], missing.clamp(min=0)])  # (b, L)
-        allowed[rows[:, None], self._ids.letter] = fits & (possible >> left & 1).bool()
+    def _letters(self) -> torch.Tensor:
+        """Return (B, L): which letters an atom may take."""
+        t = self._t
+        missing, left = self._after_each_letter()
+        fits = (t.multiplicity[self.group] > 0) & (missing >= 0) & (left < t.n_vectors)
+        fits &= ~(t.is_fixed[self.group] & (self.used_letters > 0))
+        following = self.enough.gather(1, (self.element + 1).clamp(max=MAX_ELEMENTS)[:, None])
+        possible = t.members[t.after[following, missing.clamp(min=0)]]
+        return fits & ((possible >> left & 1) > 0)
 
-    def _after_letter(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
-        letter = self._ids.letter_of[tokens]
-        missing, left = self._after_this_letter(rows)
-        missing = missing.gather(1, letter[:, None]).squeeze(1)
-        self.left[rows] = left.gather(1, letter[:, None]).squeeze(1)
-        self.used_letters[rows, letter] = True
-        self.n_coordinates[rows] += self._t.n_free[self.group[rows], letter]
-        done = missing == 0
-        element = self.element[rows] + done.long()
-        following = self.composition_count[rows, element.clamp(max=MAX_ELEMENTS - 1)]
-        self.missing[rows] = torch.where(done, following, missing)
-        complete = element == self.k[rows]
-        self.element[rows] = element.clamp(max=MAX_ELEMENTS - 1)
-        self.mode[rows] = torch.where(complete, LATTICE_INTEGER, SITE_ELEMENT)
-
-    # Numbers
-
-    def _mask_lattice(self, rows: torch.Tensor, allowed: torch.Tensor) -> None:
-        values = torch.arange(format_.MAX_INTEGER + 1, device=self.device)
-        kind = self._t.lattice_kind[self.group[rows], self.slot[rows]][:, None]
-        alpha, beta = self.angles[rows, :1], self.angles[rows, 1:]
+    def _lattice_integers(self) -> torch.Tensor:
+        """Return (B, 500): which integer parts a length or an angle may have."""
+        kind = self._t.lattice_kind[self.group, self.slot.clamp(max=5)][:, None]
+        alpha, beta = self.angles[:, :1], self.angles[:, 1:]
         low = torch.where(kind == 0, _LENGTH_RANGE[0], _ANGLE_RANGE[0])
         high = torch.where(kind == 0, _LENGTH_RANGE[1], _ANGLE_RANGE[1])
         # Three angles span a cell if |alpha - beta| < gamma < min(alpha + beta, 360 - alpha - beta).
@@ -406,52 +398,140 @@ class WyckoffConstraint:
         high = torch.where(
             kind == 3, (torch.minimum(alpha + beta, 358 - alpha - beta) - 2).clamp(max=168), high
         )
-        allowed[rows[:, None], self._ids.integer] = (values >= low) & (values <= high)
+        return (self._ids.integers >= low) & (self._ids.integers <= high)
 
-    def _after_lattice_integer(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
-        kind = self._t.lattice_kind[self.group[rows], self.slot[rows]]
-        value = self._ids.integer_of[tokens]
-        for index in (0, 1):
-            r = rows[kind == index + 1]
-            self.angles[r, index] = value[kind == index + 1]
-        self.mode[rows] = LATTICE_PAIR
+    # What a token changes
 
-    def _after_lattice_pair(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
-        del tokens
-        self.slot[rows] += 1
-        more = self.slot[rows] < self._t.n_lattice[self.group[rows]]
-        after = torch.where(self.n_coordinates[rows] > 0, COORDINATE, ENDING)
-        self.mode[rows] = torch.where(more, LATTICE_INTEGER, after)
+    def advance(self, tokens: torch.Tensor, moves: torch.Tensor | None = None) -> None:
+        """Move samples on by one token.
 
-    def _after_coordinate(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
-        del tokens
-        self.mode[rows] = COORDINATE_PAIR
+        Args:
+            tokens: (B,) int64 ids that the last mask allowed.
+            moves: (B,) bool: the samples that move; None: all.
+        """
+        mode = self.mode.clone()
+        if moves is not None:
+            mode = torch.where(moves, mode, FREE)
+        following = self._ids.following[mode]
+        following = self._write_composition(mode, tokens, following)
+        following = self._choose_group(mode, tokens, following)
+        following = self._use_letter(mode, tokens, following)
+        following = self._write_number(mode, tokens, following)
+        self.mode.copy_(torch.where(mode == FREE, self.mode, following))
 
-    def _after_coordinate_pair(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
-        del tokens
-        self.n_coordinates[rows] -= 1
-        self.mode[rows] = torch.where(self.n_coordinates[rows] > 0, COORDINATE, ENDING)
+    def _write_composition(
+        self, mode: torch.Tensor, tokens: torch.Tensor, following: torch.Tensor
+    ) -> torch.Tensor:
+        rank = self._ids.rank_of[tokens]
+        writes = (mode == HEADER_ELEMENT) & (rank >= 0)
+        at = (self._ids.positions == self.k[:, None]) & writes[:, None]
+        self.composition_rank.copy_(torch.where(at, rank[:, None], self.composition_rank))
+        due = self.required.gather(1, self.required_met[:, None]).squeeze(1)
+        self.required_met.add_(writes & (due == rank))
+        self.rank.copy_(torch.where(writes, rank, self.rank))
+        self.k.add_(writes)
 
-    def _after_end(self, rows: torch.Tensor, tokens: torch.Tensor) -> None:
-        del tokens
-        self.mode[rows] = DONE
+        counts = mode == HEADER_COUNT
+        count = torch.where(counts, self._ids.count_of[tokens], 0).clamp(min=0)
+        position = (self.k - 1).clamp(min=0)
+        at = (self._ids.positions == position[:, None]) & counts[:, None]
+        self.composition_count.copy_(torch.where(at, count[:, None], self.composition_count))
+        self.total.add_(count)
+        plan_count = self.plans.gather(2, position[:, None, None].expand(-1, self.plans.shape[1], 1))
+        self.alive.logical_and_(~counts[:, None] | (plan_count.squeeze(2) == count[:, None]))
+        for used in (self.used, self.used_in):
+            used.copy_(torch.where(counts[:, None], self._t.after[used, count[:, None]], used))
+        return following
+
+    def _choose_group(
+        self, mode: torch.Tensor, tokens: torch.Tensor, following: torch.Tensor
+    ) -> torch.Tensor:
+        group = self._ids.group_of[tokens]
+        chosen = (mode == HEADER_ELEMENT) & (group >= 0)
+        self.group.copy_(torch.where(chosen, group, self.group))
+        signature = self._t.signature[self.group]
+        needed = self._t.everything[signature]  # (B,)
+        columns = [needed]
+        for i in reversed(range(MAX_ELEMENTS)):
+            count = self.composition_count[:, i]
+            needed = torch.where(count > 0, self._t.after[needed, count], needed)
+            columns.append(needed)
+        enough = torch.stack(columns[::-1], 1)
+        self.enough.copy_(torch.where(chosen[:, None], enough, self.enough))
+        self.left.copy_(torch.where(chosen, self._t.full[signature], self.left))
+        self.missing.copy_(torch.where(chosen, self.composition_count[:, 0], self.missing))
+        return torch.where(chosen, SITE_ELEMENT, following)
+
+    def _use_letter(self, mode: torch.Tensor, tokens: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+        uses = mode == SITE_LETTER
+        letter = torch.where(uses, self._ids.letter_of[tokens], 0).clamp(min=0)
+        missing, left = (after.gather(1, letter[:, None]).squeeze(1) for after in self._after_each_letter())
+        self.left.copy_(torch.where(uses, left, self.left))
+        at = (self._ids.letters == letter[:, None]) & uses[:, None]
+        self.used_letters.copy_(torch.where(at, 1, self.used_letters))
+        n_free = self._t.n_free[self.group, letter]
+        self.n_coordinates.add_(torch.where(uses, n_free, 0))
+        placed = uses & (missing == 0)
+        element = self.element + placed.long()
+        next_count = self.composition_count.gather(1, element.clamp(max=MAX_ELEMENTS - 1)[:, None])
+        missing = torch.where(placed, next_count.squeeze(1), missing)
+        self.missing.copy_(torch.where(uses, missing, self.missing))
+        complete = uses & (element == self.k)
+        self.element.copy_(element.clamp(max=MAX_ELEMENTS - 1))
+        return torch.where(complete, LATTICE_INTEGER, following)
+
+    def _write_number(
+        self, mode: torch.Tensor, tokens: torch.Tensor, following: torch.Tensor
+    ) -> torch.Tensor:
+        kind = self._t.lattice_kind[self.group, self.slot.clamp(max=5)][:, None]
+        at = (kind == self._ids.positions[1:3]) & (mode == LATTICE_INTEGER)[:, None]
+        self.angles.copy_(torch.where(at, self._ids.integer_of[tokens][:, None], self.angles))
+        in_lattice, in_coordinates = mode == LATTICE_PAIR, mode == COORDINATE_PAIR
+        self.slot.add_(in_lattice)
+        self.n_coordinates.sub_(in_coordinates.long())
+        ends_lattice = in_lattice & (self.slot >= self._t.n_lattice[self.group])
+        after = torch.where(self.n_coordinates > 0, COORDINATE, ENDING)
+        return torch.where(ends_lattice | in_coordinates, after, following)
 
 
-def _union(sets: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
-    """Return the union of sums[..., u] over the members u of each set; int64 sets (...), sums (..., C)."""
-    out = torch.zeros_like(sets)
-    for u in range(sums.shape[-1]):
-        out |= -(sets >> u & 1) & sums[..., u]
-    return out
+def _asked_row(request: Request | None) -> npt.NDArray[np.int16]:
+    """Return a request as the columns of _ASKED; of no request, the first column is -1."""
+    columns = {name: np.zeros(width, dtype=np.int16) for name, width in _ASKED.items()}
+    if request is None:
+        columns["elements"][0] = -1
+        return np.concatenate(list(columns.values()))
+    columns["elements"][list(request.elements)] = 1
+    columns["elements_after"][:] = columns["elements"][::-1].cumsum()[::-1] - columns["elements"]
+    columns["required"][:] = _N_ELEMENTS
+    columns["required"][: len(request.required)] = request.required
+    columns["n_required"][:] = len(request.required)
+    columns["n_elements"][:] = request.n_elements
+    columns["n_sites"][:] = request.n_sites
+    columns["max_sites"][:] = request.max_sites
+    columns["has_plan"][:] = bool(request.plans)
+    columns["groups"][[g - 1 for g in request.groups] if request.groups else slice(None)] = 1
+    tracked = _tracked(request)
+    columns["tracked"][:] = -1
+    columns["tracked"][: len(tracked)] = [g - 1 for g in tracked]
+    return np.concatenate(list(columns.values()))
+
+
+def _tracked(request: Request) -> tuple[int, ...]:
+    """Return the groups whose room limits a composition; none where one that is asked for holds anything."""
+    if not request.groups or request.plans:
+        return ()
+    watched = request.groups if len(request.groups) == 1 else witnesses(request.groups)
+    t = tables()
+    holds_anything = ((t.multiplicity == 1) & ~t.is_fixed).any(1)
+    return () if any(holds_anything[g - 1] for g in watched) else tuple(watched)
 
 
 @dataclass(frozen=True)
 class _DeviceTables:
-    """`Tables` as tensors on one device."""
+    """`Tables` and the `Automaton` as tensors on one device."""
 
     n_vectors: int
     signature: torch.Tensor
-    sums: torch.Tensor
     full: torch.Tensor
     enough: torch.Tensor
     enough_within: torch.Tensor  # (S, N, E + 1): as `enough`, for n atoms or fewer
@@ -461,73 +541,87 @@ class _DeviceTables:
     n_free: torch.Tensor
     n_lattice: torch.Tensor
     lattice_kind: torch.Tensor
+    after: torch.Tensor
+    members: torch.Tensor
+    nothing_used: torch.Tensor
+    everything: torch.Tensor
+    first_state: torch.Tensor  # the row of _STATE that every sample begins with
 
 
 @functools.lru_cache(maxsize=4)
 def _device_tables(device: str) -> _DeviceTables:
-    t = tables()
+    t, a = tables(), automaton()
+    columns = {name: np.zeros(width, dtype=np.int64) for name, width in _STATE.items()}
+    columns["rank"][:] = -1
+    columns["used_in"][:] = a.nothing_used
 
     def move(array: npt.NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array).to(device)
 
     return _DeviceTables(
-        n_vectors=t.sums.shape[2], signature=move(t.signature), sums=move(t.sums), full=move(t.full),
-        enough=move(t.enough), enough_within=move(np.bitwise_or.accumulate(t.enough, axis=1)),
-        multiplicity=move(t.multiplicity), is_fixed=move(t.is_fixed), left_after=move(t.left_after),
-        n_free=move(t.n_free), n_lattice=move(t.n_lattice), lattice_kind=move(t.lattice_kind),
+        n_vectors=t.sums.shape[2], signature=move(t.signature), full=move(t.full), enough=move(t.enough),
+        enough_within=move(np.bitwise_or.accumulate(t.enough, axis=1)), multiplicity=move(t.multiplicity),
+        is_fixed=move(t.is_fixed), left_after=move(t.left_after), n_free=move(t.n_free),
+        n_lattice=move(t.n_lattice), lattice_kind=move(t.lattice_kind), after=move(a.after),
+        members=move(a.members), nothing_used=move(a.nothing_used), everything=move(a.everything),
+        first_state=move(np.concatenate(list(columns.values()))),
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _TokenTables:
-    """Ids by meaning, and meaning by id (-1: not that kind)."""
+    """What ids mean (-1: not that kind), and the ids that a kind of token may have."""
 
-    element: torch.Tensor  # (103,)
-    count: torch.Tensor  # (N,), entry 0 unused
-    group: torch.Tensor  # (230,)
-    letter: torch.Tensor  # (L,)
-    integer: torch.Tensor  # (500,)
     rank_of: torch.Tensor  # (V,)
     count_of: torch.Tensor
     group_of: torch.Tensor
     letter_of: torch.Tensor
     integer_of: torch.Tensor
-    constant: dict[int, torch.Tensor]  # mode -> (V,) bool, where the mask is always the same
+    column: torch.Tensor  # (V,): column among elements, counts, groups, letters, integers; the last is none
+    constant: torch.Tensor  # (modes, V) bool: what may come whatever else is written
+    following: torch.Tensor  # (modes,): _AFTER
+    ranks: torch.Tensor  # 0, 1 ... 102
+    counts: torch.Tensor  # 0 ... 99
+    letters: torch.Tensor
+    integers: torch.Tensor
+    positions: torch.Tensor  # of elements in a composition
 
 
 @functools.lru_cache(maxsize=4)
 def _token_tables(device: str, vocabulary_size: int) -> _TokenTables:
     position = {token: i for i, token in enumerate(format_.TOKENS)}
-    words = {
-        "element": ELEMENTS,
-        "count": ("1 ", *(f"{n} " for n in range(1, N_COUNTS))),
-        "group": format_.SPACEGROUP_TOKENS,
-        "letter": format_.LETTER_TOKENS,
-        "integer": format_.INTEGER_TOKENS,
+    words: dict[str, tuple[str, ...]] = {
+        "rank_of": tuple(ELEMENTS),
+        "count_of": ("", *(f"{n} " for n in range(1, N_COUNTS))),
+        "group_of": format_.SPACEGROUP_TOKENS,
+        "letter_of": format_.LETTER_TOKENS,
+        "integer_of": format_.INTEGER_TOKENS,
     }
-    ids = {kind: torch.tensor([position[w] for w in tokens], device=device) for kind, tokens in words.items()}
-    meaning = {}
-    for kind, index in ids.items():
-        table = torch.full((vocabulary_size,), -1, device=device)
-        start = 1 if kind == "count" else 0
-        table[index[start:]] = torch.arange(start, len(index), device=device)
-        meaning[kind] = table
-
-    def only(tokens: Iterable[str]) -> torch.Tensor:
-        row = torch.zeros(vocabulary_size, dtype=torch.bool, device=device)
-        row[[position[w] for w in tokens]] = True
-        return row
-
-    constant = {
-        LATTICE_PAIR: only(format_.PAIR_TOKENS),
-        COORDINATE: only(format_.COORDINATE_TOKENS),
-        COORDINATE_PAIR: only(format_.PAIR_TOKENS),
-        ENDING: only([format_.END]),
-        DONE: only([format_.PAD]),
-    }
+    n_columns = sum(map(len, words.values()))
+    column = torch.full((vocabulary_size,), n_columns)
+    meaning = {kind: torch.full((vocabulary_size,), -1) for kind in words}
+    start = 0
+    for kind, tokens in words.items():
+        for value, token in enumerate(tokens):
+            if token:
+                meaning[kind][position[token]] = value
+                column[position[token]] = start + value
+        start += len(tokens)
+    constant = torch.zeros(len(_AFTER), vocabulary_size, dtype=torch.bool)
+    for mode, allowed in (
+        (LATTICE_PAIR, format_.PAIR_TOKENS), (COORDINATE, format_.COORDINATE_TOKENS),
+        (COORDINATE_PAIR, format_.PAIR_TOKENS), (ENDING, [format_.END]), (DONE, [format_.PAD]),
+    ):  # fmt: skip
+        constant[mode, [position[token] for token in allowed]] = True
+    constant[FREE] = True
     return _TokenTables(
-        element=ids["element"], count=ids["count"], group=ids["group"], letter=ids["letter"],
-        integer=ids["integer"], rank_of=meaning["element"], count_of=meaning["count"],
-        group_of=meaning["group"], letter_of=meaning["letter"],
-        integer_of=meaning["integer"], constant=constant,
-    )  # fmt: skip
+        **{kind: table.to(device) for kind, table in meaning.items()},
+        column=column.to(device),
+        constant=constant.to(device),
+        following=torch.tensor(_AFTER, device=device),
+        ranks=torch.arange(_N_ELEMENTS, device=device),
+        counts=torch.arange(N_COUNTS, device=device),
+        letters=torch.arange(N_LETTERS, device=device),
+        integers=torch.arange(format_.MAX_INTEGER + 1, device=device),
+        positions=torch.arange(MAX_ELEMENTS, device=device),
+    )

@@ -138,18 +138,59 @@ def witnesses(groups: Sequence[int]) -> tuple[int, ...]:
     return (next(g for g in groups if one_free[g - 1].any()),)
 
 
+@dataclass(frozen=True)
+class Automaton:
+    """The sets of fixed-letter vectors that can come up, numbered, and the set that each count leads to.
+
+    However many elements a composition has, few sets come up: 2,920 over all signatures, 225 at most in one.
+    So what a composition can use of a group's fixed letters is one number that a table moves on.
+
+    Attributes:
+        after: (X, N): the set after an element with n atoms; 0, the empty set, where they cannot be placed.
+        members: (X,): the vectors of a set, as bits.
+        nothing_used: (S,): the set that holds only the vector of no letters.
+        everything: (S,): the set of all vectors.
+    """
+
+    after: npt.NDArray[np.int64]
+    members: npt.NDArray[np.int64]
+    nothing_used: npt.NDArray[np.int64]
+    everything: npt.NDArray[np.int64]
+
+
+@functools.lru_cache(maxsize=1)
+def automaton() -> Automaton:
+    """Return the automaton of all signatures, made once."""
+    t = tables()
+    n_signatures, _, n_vectors = t.sums.shape
+    all_vectors = (1 << n_vectors) - 1
+    after, members = [np.zeros((1, N_COUNTS), dtype=np.int64)], [0]
+    nothing_used = np.zeros(n_signatures, dtype=np.int64)
+    everything = np.zeros(n_signatures, dtype=np.int64)
+    for s in range(n_signatures):
+        number = {0: 0, 1: len(members), all_vectors: len(members) + 1}
+        fresh = [1, all_vectors]
+        while fresh:
+            members += fresh
+            following = np.zeros((len(fresh), N_COUNTS), dtype=np.int64)
+            for u in range(n_vectors):
+                following |= np.where(np.array(fresh)[:, None] >> u & 1, t.sums[s, :, u], 0)
+            fresh = [found for found in np.unique(following).tolist() if found not in number]
+            number |= {found: len(members) + i for i, found in enumerate(fresh)}
+            after.append(np.vectorize(number.__getitem__)(following))
+        nothing_used[s], everything[s] = number[1], number[all_vectors]
+    return Automaton(np.concatenate(after), np.array(members), nothing_used, everything)
+
+
 def can_hold(spacegroup_number: int, counts: Sequence[int]) -> bool:
     """Tell whether a space group's Wyckoff positions can hold these atoms of each element in a primitive
     cell.
     """
-    t = tables()
-    s = t.signature[spacegroup_number - 1]
-    used = 1
+    a = automaton()
+    used = a.nothing_used[tables().signature[spacegroup_number - 1]]
     for n in counts:
-        used = functools.reduce(
-            int.__or__, (int(t.sums[s, n, u]) for u in range(t.sums.shape[2]) if used >> u & 1), 0
-        )
-    return used > 0
+        used = a.after[used, n]
+    return bool(used)
 
 
 def can_fill(groups: Sequence[int], n_sites: int, limit: int, n_elements: int) -> bool:

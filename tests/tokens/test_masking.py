@@ -274,17 +274,18 @@ def test_can_hold_agrees_with_an_enumeration_of_orbits(number):
             assert can_hold(number, [n for n in (a, b) if n]) == ((a, b) in possible), (a, b)
 
 
-def test_holding_groups_agrees_with_can_hold():
+def test_the_groups_offered_after_a_composition_are_those_that_can_hold_it():
     rng = np.random.default_rng(0)
-    counts = np.zeros((40, 10), dtype=np.int64)
-    for row in counts:
-        n = rng.integers(1, 5)
-        row[:n] = rng.integers(1, 25, n)
-    constraint = WyckoffConstraint([compile_request(Conditions())])
-    holding = constraint.holding_groups(torch.from_numpy(counts))
-    for row, groups in zip(counts, holding, strict=True):
-        wanted = [can_hold(number, [int(n) for n in row if n]) for number in range(1, 231)]
-        assert groups.tolist() == wanted
+    constraint = WyckoffConstraint([compile_request(Conditions(), max_sites=99)] * 40)
+    compositions = [rng.integers(1, 25, rng.integers(1, 5)).tolist() for _ in range(40)]
+    for j in range(max(map(len, compositions))):
+        moves = torch.tensor([len(counts) > j for counts in compositions])
+        constraint.advance(torch.full((40,), ID[ELEMENTS[j]]), moves)
+        token = [ID[f"{counts[j]} "] if len(counts) > j else 0 for counts in compositions]
+        constraint.advance(torch.tensor(token), moves)
+    groups = constraint.mask()[:, [ID[f"{number}\n"] for number in range(1, 231)]]
+    for counts, offered in zip(compositions, groups.tolist(), strict=True):
+        assert offered == [can_hold(number, counts) for number in range(1, 231)], counts
 
 
 def test_what_any_cubic_group_holds_one_of_the_witnesses_holds():
@@ -429,3 +430,44 @@ def test_every_triclinic_walk_spans_a_cell():
         [compile_request(Conditions(crystal_system="triclinic", n_sites=2))] * 200, 3, eager=0.2
     ):
         assert expand(text_to_symmetric(text)).volume > 0
+
+
+def test_a_sample_in_a_slot_goes_on_as_if_it_were_alone():
+    """Slots are taken, left, taken again and moved while others go on."""
+    requests = [
+        compile_request(Conditions(formula={"Ba": 1, "Ti": 1, "O": 3})),
+        None,
+        compile_request(Conditions(anonymous_formula="ABC2")),
+        compile_request(Conditions(crystal_system="cubic", elements=("Li",))),
+        compile_request(Conditions(spacegroup_number=62)),
+    ]
+    batch = WyckoffConstraint.empty(6)
+    alone: dict[int, WyckoffConstraint] = {}
+    rng = np.random.default_rng(1)
+    for step in range(300):
+        if step % 7 == 0:
+            row, which = int(rng.integers(6)), int(rng.integers(5))
+            batch.put([row], [requests[which]])
+            alone[row] = WyckoffConstraint([requests[which]])
+        if step % 11 == 0 and len(alone) == 6:
+            order = rng.permutation(6).tolist()
+            batch.move(order, list(range(6)))
+            alone = {to: alone[origin] for to, origin in enumerate(order)}
+        mask = batch.mask()
+        tokens, moves = torch.zeros(6, dtype=torch.long), torch.zeros(6, dtype=torch.bool)
+        for row, single in alone.items():
+            assert torch.equal(mask[row], single.mask()[0]), (step, row)
+            tokens[row] = int(rng.choice(np.flatnonzero(mask[row].numpy())))
+            moves[row] = bool(rng.random() < 0.8)
+            if moves[row]:
+                single.advance(tokens[row : row + 1])
+        batch.advance(tokens, moves)
+
+
+def test_a_free_slot_allows_everything_and_stays_free():
+    batch = WyckoffConstraint.empty(2, vocabulary_size=1100)
+    batch.advance(torch.tensor([5, 1099]))
+    assert batch.mask().all()
+    batch.put([1], [compile_request(Conditions())])
+    assert batch.mask()[0].all()
+    assert not batch.mask()[1, len(TOKENS) :].any()
