@@ -9,19 +9,29 @@ One ServerState belongs to one app and lives as long as it does. Nothing in it i
 Not here: how settings are read from a command line (run.py), the routes (openai_routes.py, crystals.py).
 """
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends
+from fastapi import Request as HttpRequest
 
 from crystallm_kit.errors import UserError
-from crystallm_kit.generation import Model
+from crystallm_kit.generation import Model, compiler
+from crystallm_kit.records import Conditions
 from crystallm_kit.server.admission import Admission
 from crystallm_kit.server.backend import Backend
 from crystallm_kit.server.keys import Keys
 from crystallm_kit.server.metrics import Metrics
+from crystallm_kit.tokens.requests import Request
 from crystallm_kit.tokens.tokenizer import encode_strict, prompt_ids
+
+# Prompts and conditions that come again are cut and compiled once.
+_REMEMBERED = 1024
+_REMEMBERED_CHARACTERS = 2_000
 
 
 @dataclass(frozen=True)
@@ -95,19 +105,52 @@ class ServerState:
     metrics: Metrics
     keys: Keys = field(default_factory=Keys)
     judges: Any = None
+    _compiled: dict[str, Request] = field(default_factory=dict, repr=False)
 
     def model_names(self) -> tuple[str, ...]:
         """Return the names that a request's `model` may have: the model's own, then its adapters'."""
         return (self.backend.model_name, *self.backend.adapters)
 
-    def prompt_ids(self, text: str) -> list[int]:
+    def prompt_ids(self, text: str) -> tuple[int, ...]:
         """Return the token ids that the model gets for a prompt.
 
         Raises:
             ParseError: If a format's own tokenizer covers a part of the text with no token.
         """
+        return (self._cut_remembered if len(text) <= _REMEMBERED_CHARACTERS else self._cut)(text)
+
+    def compiled(self, conditions: Conditions) -> Request:
+        """Return the constraint of some conditions, for the model that is served.
+
+        Raises:
+            UnknownName, ImpossibleRequest: If no crystal can meet them.
+        """
+        key = repr(conditions)
+        if key not in self._compiled:
+            request: Request = compiler(self.model)(conditions)
+            if len(self._compiled) >= _REMEMBERED:
+                self._compiled.pop(next(iter(self._compiled)))
+            self._compiled[key] = request
+        return self._compiled[key]
+
+    @cached_property
+    def model_stop(self) -> str:
+        """Text that ends a completion of a model without an end token, and is part of it; "": none."""
+        return "" if self.tokenizer.eos_token_id is not None else self.model.representation.alphabet().stop
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What an answer depends on beside its request: the same one, the same draws."""
+        said = (self.model.name, self.model.template.hash, self.backend.name, self.backend.model_name)
+        return "fp_" + hashlib.sha256(repr(said).encode()).hexdigest()[:12]
+
+    @cached_property
+    def _cut_remembered(self) -> Callable[[str], tuple[int, ...]]:
+        return lru_cache(maxsize=_REMEMBERED)(self._cut)
+
+    def _cut(self, text: str) -> tuple[int, ...]:
         own = type(self.tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
-        return (encode_strict if own else prompt_ids)(self.tokenizer, text)
+        return tuple((encode_strict if own else prompt_ids)(self.tokenizer, text))
 
 
 def new_state(
@@ -136,7 +179,7 @@ def new_state(
     )
 
 
-def server_state(request: Request) -> ServerState:
+def server_state(request: HttpRequest) -> ServerState:
     """Return the state of the app that a request came to."""
     state: ServerState = request.app.state.server
     return state
