@@ -27,7 +27,7 @@ import httpx
 from crystallm_kit.errors import UnknownName, UserError
 from crystallm_kit.records import Completion
 from crystallm_kit.server.backend import Ask, BackendError, NotReady, Piece
-from crystallm_kit.server.vllm_wire import TOKENS_ROUTE, Wire, calls, choices_of, message_of
+from crystallm_kit.server.vllm_wire import TOKENS_ROUTE, Wire, calls, choices_of, is_greedy, message_of
 
 _JSON = {"content-type": "application/json"}
 # vLLM closes a connection that was idle for 5 s; a request sent at that moment would be lost
@@ -446,8 +446,8 @@ def _address(url: str) -> str:
 
 
 def _asked_once(ask: Ask) -> Ask:
-    """Return the ask with n 1 where all its completions are the same: vLLM refuses n > 1 at temperature 0."""
-    return replace(ask, n=1) if ask.sampling.temperature == 0 and ask.n > 1 else ask
+    """Return the ask with n 1 where all its completions are the same."""
+    return replace(ask, n=1) if ask.n > 1 and is_greedy(ask) else ask
 
 
 def _copied(piece: Piece, ask: Ask, index: int) -> Piece:

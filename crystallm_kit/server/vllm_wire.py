@@ -28,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+from crystallm_kit.engines.engine import Sampling
 from crystallm_kit.errors import UserError
 from crystallm_kit.records import Completion, StopReason
 from crystallm_kit.server.backend import Ask, BackendError, Piece, Token
@@ -37,7 +38,7 @@ from crystallm_kit.tokens.tokenizer import encode_strict, prompt_ids
 TOKENS_ROUTE = "/inference/v1/generate"
 TEXT_ROUTE = "/v1/completions"
 _FINAL_ONLY, _DELTA = 2, 1  # vllm.sampling_params.RequestOutputKind; 0.26 leaves it to the client
-_SMALLEST_TEMPERATURE = 1e-6  # as tokens are drawn in this process (engines/transformers_local.py)
+_COLDEST = 0.01  # what vLLM samples at all; at 0 it takes the likeliest token, and numbers have no choice
 
 
 class Wire:
@@ -97,7 +98,7 @@ class Wire:
         stops = [text for text in (self.stop, *ask.stop) if text]
         common: dict[str, Any] = {
             "n": ask.n,
-            "temperature": sampling.temperature,
+            "temperature": _temperature(sampling),
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "max_tokens": min(sampling.max_new_tokens, room),
@@ -174,7 +175,7 @@ class Wire:
             if beginning:
                 extra["crystal_beginning"] = list(beginning)
             if ask.sampling.number_temperature is not None:
-                extra["crystal_number_temperature"] = ask.sampling.number_temperature
+                extra["crystal_number_temperature"] = max(ask.sampling.number_temperature, _COLDEST)
         if ask.n_top is not None:
             extra["crystal_log_softmax"] = 1
         return extra
@@ -272,8 +273,8 @@ class Growth:
             self._in_numbers |= self._at_line_start and text[:1].isdigit()
             self._at_line_start = text.endswith("\n")
             if self._in_numbers:
-                return max(sampling.number_temperature, _SMALLEST_TEMPERATURE)
-        return sampling.temperature or 1.0
+                return max(sampling.number_temperature, _COLDEST)
+        return _temperature(sampling) or 1.0
 
 
 def calls(asks: Sequence[Ask], *, most: int) -> Iterator[tuple[Ask, list[int]]]:
@@ -343,6 +344,15 @@ def _id(entry: Mapping[str, Any]) -> int:
     if "token_id" in entry:
         return int(entry["token_id"])
     return int(str(entry["token"]).removeprefix("token_id:"))
+
+
+def is_greedy(ask: Ask) -> bool:
+    """Tell whether all completions of an ask are the same one; vLLM refuses n > 1 for those."""
+    return _temperature(ask.sampling) == 0
+
+
+def _temperature(sampling: Sampling) -> float:
+    return max(sampling.temperature, _COLDEST) if sampling.number_temperature else sampling.temperature
 
 
 def _seed_base(seed: int) -> int:
