@@ -198,7 +198,8 @@ class _Run:
         began = last = time.monotonic()
         first: float | None = None
         settings = self.supervisor
-        async with httpx.AsyncClient(timeout=5.0, trust_env=False) as client:
+        patience = min(5.0, settings.start_seconds / 2, settings.silence_seconds / 2)
+        async with httpx.AsyncClient(timeout=patience, trust_env=False) as client:
             next_question = 0.0
             while True:
                 code = None if self.process is None else self.process.poll()

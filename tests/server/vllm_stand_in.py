@@ -4,8 +4,9 @@
 
 Token number t of a completion with seed s is 2 + (7 s + t) % 40, ten tokens and the end token 1. What is in
 the environment makes it misbehave at the start: STAND_IN_START=die|hang|deaf (deaf: alive, never healthy).
-While it runs, the prompt's second token id does: 101 dies, 102 never answers, 103 answers 500, 104 slowly (0.05 s
-a token), 105 says 400. GET /seen gives what it was asked and how many requests were given up.
+While it runs, the prompt's second token id does: 101 dies, 102 never answers, 103 answers 500, 104 is slow
+(0.05 s a token), 105 says 400, 106 dies within a stream. GET /seen gives what it was asked and how many
+requests were given up.
 """
 
 import argparse
@@ -30,7 +31,7 @@ async def serve_one(reader, writer, options) -> None:
             line, *headers = head.decode().split("\r\n")
             lengths = [h.split(":")[1] for h in headers if h.lower().startswith("content-length:")]
             body = await reader.readexactly(int(lengths[0])) if lengths else b""
-            method, path, _ = line.split(" ")
+            _, path, _ = line.split(" ")
             keys = [h.split(": ")[1] for h in headers if h.lower().startswith("authorization:")]
             await answer(reader, writer, options, path, body, keys[0] if keys else "")
     except (asyncio.IncompleteReadError, ConnectionError):
@@ -41,10 +42,8 @@ async def serve_one(reader, writer, options) -> None:
 
 def send(writer, status: int, data: dict) -> None:
     body = json.dumps(data).encode()
-    writer.write(
-        f"HTTP/1.1 {status} X\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n".encode()
-        + body
-    )
+    kind = "content-type: application/json"
+    writer.write(f"HTTP/1.1 {status} X\r\n{kind}\r\ncontent-length: {len(body)}\r\n\r\n".encode() + body)
 
 
 async def answer(reader, writer, options, path, body, key) -> None:
@@ -52,27 +51,34 @@ async def answer(reader, writer, options, path, body, key) -> None:
     if path == "/health":
         if os.environ.get("STAND_IN_START") == "deaf":
             await asyncio.sleep(3600)
-        return send(writer, 200, {})
+        send(writer, 200, {})
+        return
     if path == "/seen":
-        return send(writer, 200, SEEN | {"pid": os.getpid()})
+        send(writer, 200, SEEN | {"pid": os.getpid()})
+        return
     if os.environ.get("VLLM_API_KEY") and key != f"Bearer {os.environ['VLLM_API_KEY']}":
-        return send(writer, 401, {"error": "Unauthorized"})
+        send(writer, 401, {"error": "Unauthorized"})
+        return
     if path == "/v1/models":
         cards = [
             {"id": n, "parent": None if n == names[0] else names[0], "max_model_len": 256} for n in names
         ]
-        return send(writer, 200, {"data": cards})
+        send(writer, 200, {"data": cards})
+        return
     asked = json.loads(body or b"{}")
     if path == "/inference/v1/generate" and not options.no_tokens_route:
         if not asked:
-            return send(writer, 400, {"error": {"message": "token_ids: field required", "code": 400}})
+            send(writer, 400, {"error": {"message": "token_ids: field required", "code": 400}})
+        return
         sampling, ids = asked["sampling_params"], asked["token_ids"]
     elif path == "/v1/completions":
         sampling, ids = asked, asked["prompt"]
     else:
-        return send(writer, 404, {"detail": "Not Found"})
+        send(writer, 404, {"detail": "Not Found"})
+        return
     if asked["model"] not in names:
-        return send(writer, 404, {"error": {"message": f"The model `{asked['model']}` does not exist."}})
+        send(writer, 404, {"error": {"message": f"The model `{asked['model']}` does not exist."}})
+        return
     SEEN["requests"].append(asked | {"path": path})
     SEEN["running"] += 1
     work = asyncio.create_task(draw(writer, path, asked, sampling, ids, options))
@@ -102,11 +108,14 @@ async def draw(writer, path, asked, sampling, ids, options) -> None:
     if code == 102:
         await asyncio.sleep(3600)
     if code == 103:
-        return send(writer, 500, {"error": {"message": "EngineCore died"}})
+        send(writer, 500, {"error": {"message": "EngineCore died"}})
+        return
     if code == 105:
-        return send(writer, 400, {"error": {"message": "crystal: no such thing", "code": 400}})
+        send(writer, 400, {"error": {"message": "crystal: no such thing", "code": 400}})
+        return
     if sampling.get("temperature") == 0 and sampling.get("n", 1) > 1:
-        return send(writer, 400, {"error": {"message": "n must be 1 when using greedy sampling"}})
+        send(writer, 400, {"error": {"message": "n must be 1 when using greedy sampling"}})
+        return
     seed = sampling.get("seed") or 0
     is_text, n = path == "/v1/completions", sampling.get("n", 1)
     arguments = asked.get("vllm_xargs") if is_text else sampling.get("extra_args")
@@ -123,7 +132,8 @@ async def draw(writer, path, asked, sampling, ids, options) -> None:
     if not asked.get("stream"):
         if code == 104:
             await asyncio.sleep(0.05 * len(choices[0]["token_ids"]))
-        return send(writer, 200, {"model": asked["model"], "choices": choices})
+        send(writer, 200, {"model": asked["model"], "choices": choices})
+        return
     writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
     for t in range(max(len(c["token_ids"]) for c in choices)):
         for choice in choices:
