@@ -16,9 +16,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRouter
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 
 from crystallm_kit.errors import CrystallmKitError
 from crystallm_kit.server import openai_routes
+from crystallm_kit.server.backend import NotReady
 from crystallm_kit.server.docs_page import docs_page
 from crystallm_kit.server.failures import failure_of
 from crystallm_kit.server.gate import Gate
@@ -62,16 +64,16 @@ async def healthz() -> dict[str, str]:
 
 
 @router.get("/readyz", responses=errors(500, 503))
-async def readyz(state: State) -> Response:
+async def readyz(state: State) -> dict[str, str]:
     """Tell whether work is taken: the engine is ready, and the server is not stopping."""
     if state.admission.is_draining:
-        return json_response({"status": "stopping"}, 503, {"Retry-After": "10"})
+        raise NotReady("the server is stopping", retry_after=10)
     if not state.backend.is_ready():
-        return json_response({"status": "not ready"}, 503, {"Retry-After": "5"})
-    return json_response({"status": "ready"})
+        raise NotReady("the engine is not ready")
+    return {"status": "ready"}
 
 
-@router.get("/metrics", responses={200: {"content": {"text/plain": {}}}, **errors(401, 500)})
+@router.get("/metrics", response_class=PlainTextResponse, responses=errors(401, 500))
 async def metrics(state: State) -> Response:
     """Return the counters, in Prometheus' text format."""
     return Response(state.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})

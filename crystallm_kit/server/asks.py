@@ -23,7 +23,7 @@ from crystallm_kit.engines.engine import Prompt, Sampling
 from crystallm_kit.errors import UserError
 from crystallm_kit.records import Conditions
 from crystallm_kit.server.backend import Ask, Backend, Piece
-from crystallm_kit.server.failures import Refusal, unknown_model
+from crystallm_kit.server.failures import Refusal, code_of, unknown_model
 from crystallm_kit.server.shapes import CompletionRequest, ConstraintArguments, DrawingFields, refuse
 from crystallm_kit.server.state import ServerState
 from crystallm_kit.text.conditions import conditions_from_dict
@@ -255,7 +255,7 @@ def _at(param: str, function: Any, value: Any) -> Any:
     try:
         return function(value)
     except UserError as error:
-        raise refuse(param, str(error), code=type(error).__name__) from error
+        raise refuse(param, str(error), code=code_of(error)) from error
 
 
 def _prompts(
@@ -279,6 +279,9 @@ def _checked_ids(prompt: str | list[int], state: ServerState) -> Sequence[int]:
     """Return a prompt's token ids. Raises Refusal where there are none, too many, or unknown ones."""
     most = state.backend.max_positions
     if isinstance(prompt, str):
+        at_least = len(prompt) // state.longest_token
+        if at_least > most:  # so far beyond that it is not even cut
+            raise _too_long(f"more than {at_least}", most)
         ids: Sequence[int] = _at("prompt", state.prompt_ids, prompt)
     else:
         ids = prompt
@@ -287,9 +290,13 @@ def _checked_ids(prompt: str | list[int], state: ServerState) -> Sequence[int]:
     if not ids:
         raise refuse("prompt", "empty; a model goes on from at least one token.")
     if len(ids) >= most:
-        words = f"{len(ids)} tokens; the model has {most} positions for prompt and completion together."
-        raise Refusal(400, f"prompt: {words}", param="prompt", code="context_length_exceeded")
+        raise _too_long(str(len(ids)), most)
     return ids
+
+
+def _too_long(n_tokens: str, most: int) -> Refusal:
+    words = f"{n_tokens} tokens; the model has {most} positions for prompt and completion together."
+    return Refusal(400, f"prompt: {words}", param="prompt", code="context_length_exceeded")
 
 
 def _text(ids: Sequence[int], state: ServerState) -> str:

@@ -102,7 +102,7 @@ def failure_of(error: BaseException, request_id: str = "") -> Failure:
     if isinstance(error, BackendError):
         return Failure(502, str(error))
     if isinstance(error, UserError):
-        return Failure(400, str(error), code=_snake(type(error).__name__))
+        return Failure(400, str(error), code=code_of(error))
     where = f" The server's log has it under {request_id}." if request_id else ""
     return Failure(500, f"a fault in the server.{where}")
 
@@ -132,7 +132,7 @@ def _invalid(errors: Sequence[Any]) -> Failure:
                 )
             continue
         told[name] = f"{'.'.join(map(str, path[:4])) or 'body'}: {_said(error)}"
-    first = next(iter(told), None)
+    first = next((name for name in told if name != "body"), None)
     return Failure(400, "; ".join(list(told.values())[:5]), param=first)
 
 
@@ -152,5 +152,7 @@ def _said(error: Mapping[str, Any]) -> str:
     return f"got {got}; {said[:1].lower()}{said[1:]}"
 
 
-def _snake(name: str) -> str:
+def code_of(error: UserError) -> str:
+    """Return an error's class as a word for programs: ImpossibleRequest is "impossible_request"."""
+    name = type(error).__name__
     return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")

@@ -15,12 +15,14 @@ Not here: drawing tokens (engines/continuous.py), who may come in (admission.py)
 
 import asyncio
 import collections
+import functools
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from crystallm_kit.records import Completion
 from crystallm_kit.server.backend import Ask, BackendError, NotReady, Piece, Token
+from crystallm_kit.tokens.tokenizer import encode_strict, prompt_ids
 
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character yet
 
@@ -75,8 +77,7 @@ class LocalBackend:
         """Yield the growing completions. Raises UserError, NotReady, BackendError."""
         stream = _Stream(self._ready_inbox(), most_unread=self._most_unread)
         try:
-            for index in range(ask.n):
-                self._submit(stream, ask, index, position=0, is_shown=True)
+            self._submit(stream, ask, position=0, is_shown=True)
             async for _, piece in stream.arriving():
                 yield piece
         finally:
@@ -88,8 +89,7 @@ class LocalBackend:
         stream = _Stream(self._ready_inbox(), most_unread=None)
         try:
             for position, ask in enumerate(asks):
-                for index in range(ask.n):
-                    self._submit(stream, ask, index, position=position, is_shown=bool(ask.stop))
+                self._submit(stream, ask, position=position, is_shown=bool(ask.stop))
             async for position, piece in stream.arriving():
                 if piece.completion is not None:
                     yield position, piece.completion
@@ -101,26 +101,22 @@ class LocalBackend:
             raise NotReady("the model is not there yet" if self._inbox is None else "the server is stopping")
         return self._inbox
 
-    def _submit(self, stream: "_Stream", ask: Ask, index: int, *, position: int, is_shown: bool) -> None:
-        """Ask the engine for one completion; `is_shown`: token by token."""
-        growth = _Growth(ask, index, position, self._texts)
-        stream.open(growth)
-
-        def on_token(id: int, log_probability: float, top: tuple[tuple[int, float], ...]) -> None:
-            stream.inbox.put(stream, growth, (id, log_probability, top))
-
-        def on_done(result: Completion | Exception) -> None:
-            stream.inbox.put(stream, growth, result)
-
-        growth.ticket = self.engine.submit(
-            ask.prompt,
-            ask.sampling,
-            index=ask.first_index + index,
-            prompt_ids=None if ask.prompt_ids is None else list(ask.prompt_ids),
-            n_top=ask.n_top,
-            on_token=on_token if is_shown else None,
-            on_done=on_done,
-        )
+    def _submit(self, stream: "_Stream", ask: Ask, *, position: int, is_shown: bool) -> None:
+        """Ask the engine for an ask's completions; `is_shown`: token by token."""
+        ids = list(self._texts.prompt_ids(ask))
+        for index in range(ask.n):
+            growth = _Growth(ask, index, position, self._texts)
+            stream.open(growth)
+            put = functools.partial(stream.inbox.put, stream, growth)
+            growth.ticket = self.engine.submit(
+                ask.prompt,
+                ask.sampling,
+                index=ask.first_index + index,
+                prompt_ids=ids,
+                n_top=ask.n_top,
+                on_token=(lambda *token, put=put: put(token)) if is_shown else None,
+                on_done=put,
+            )
 
 
 class _Inbox:
@@ -165,6 +161,7 @@ class _Stream:
         self._growths: list[_Growth] = []
         self._touched: dict[int, _Growth] = {}
         self._n_open = 0
+        self._n_unread = 0
         self._error: Exception | None = None
 
     def open(self, growth: "_Growth") -> None:
@@ -182,14 +179,15 @@ class _Stream:
         if isinstance(said, Completion):
             growth.end(said)
         else:
-            growth.grow(*said)
-            if growth.is_done:
+            if growth.grow(*said):
                 growth.cancel()
         self._touched[id(growth)] = growth
-        if self._most_unread is not None:
-            n_unread = sum(g.n_unread for g in self._touched.values())
-            if n_unread > self._most_unread:
-                self._fail(BackendError(f"{n_unread} tokens were left unread; read faster, or ask for fewer"))
+        growth.n_new += 1
+        self._n_unread += 1
+        if self._most_unread is not None and self._n_unread > self._most_unread:
+            self._fail(
+                BackendError(f"{self._n_unread} tokens were left unread; read faster, or ask for fewer")
+            )
 
     def _fail(self, error: Exception) -> None:
         self._error = error
@@ -200,17 +198,21 @@ class _Stream:
         while self._n_open:
             await self.arrived.wait()
             self.arrived.clear()
-            if self._error is not None:
-                raise self._error
-            touched, self._touched = self._touched, {}
-            for growth in touched.values():
+            while self._touched:
+                self._raise_failure()
+                # taken out one by one: what a slow reader has not come to goes on gathering
+                growth = self._touched.pop(next(iter(self._touched)))
+                self._n_unread -= growth.n_new
+                growth.n_new = 0
                 piece = growth.piece()
-                if piece is None:
-                    continue
-                self._n_open -= piece.completion is not None
-                yield growth.position, piece
-                if self._error is not None:
-                    raise self._error
+                if piece is not None:
+                    self._n_open -= piece.completion is not None
+                    yield growth.position, piece
+            self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._error is not None:
+            raise self._error
 
     def cancel(self) -> None:
         """Take from the engine what is not done."""
@@ -228,6 +230,7 @@ class _Growth:
     texts: "_Texts"
     ticket: Any = None
     is_done: bool = False
+    n_new: int = 0  # tokens since it was last read
     _ids: list[int] = field(default_factory=list)
     _log_probability: float = 0.0
     _text: str = ""  # of all tokens so far
@@ -236,13 +239,8 @@ class _Growth:
     _completion: Completion | None = None
     _decoder: Callable[[int], str] | None = None
 
-    @property
-    def n_unread(self) -> int:
-        """Tokens that wait to be read."""
-        return len(self._pending) if self.ask.n_top is not None else len(self._text) - self._n_shown
-
-    def grow(self, id: int, log_probability: float, top: Sequence[tuple[int, float]]) -> None:
-        """Take one token; the completion is done where a stop text comes up."""
+    def grow(self, id: int, log_probability: float, top: Sequence[tuple[int, float]]) -> bool:
+        """Take one token; tell whether a stop text came up, with which the completion is done."""
         if self._decoder is None:
             self._decoder = self.texts.decoder(self.ask)
         self._ids.append(id)
@@ -262,6 +260,7 @@ class _Growth:
                 self.ask.prompt.text, self._text, tuple(self._ids), "stop", self._log_probability,
                 self.ask.sampling.seed, self.ask.first_index + self.index,
             )  # fmt: skip
+        return self.is_done
 
     def end(self, completion: Completion) -> None:
         """Take the whole completion from the engine; its text is the last word."""
@@ -305,6 +304,14 @@ class _Texts:
         self._is_of_a_format = type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
         self._alone: dict[int, str] = {}
 
+    def prompt_ids(self, ask: Ask) -> tuple[int, ...]:
+        """Return the token ids of an ask's prompt. Raises ParseError for text that the model cannot read."""
+        if ask.prompt_ids is not None:
+            return ask.prompt_ids
+        return tuple(
+            (encode_strict if self._is_of_a_format else prompt_ids)(self._tokenizer, ask.prompt.text)
+        )
+
     def of(self, id: int) -> str:
         """Return one token's text, as it is alone."""
         if id not in self._alone:
@@ -319,10 +326,10 @@ class _Texts:
         return text.removesuffix(self.of(ids[-1]))
 
     def decoder(self, ask: Ask) -> Callable[[int], str]:
-        """Return a function from the next token to the text that it adds, "" while a character is not whole."""
+        """Return a function from the next token to the text it adds; "" while a character is not whole."""
         if self._is_of_a_format:
             return lambda id: "" if id == self._end_id else self.of(id)
-        return _PrefixDecoder(self._tokenizer, ask).add
+        return _PrefixDecoder(self._tokenizer, self.prompt_ids(ask)).add
 
 
 class _PrefixDecoder:
@@ -333,12 +340,9 @@ class _PrefixDecoder:
     text is.
     """
 
-    def __init__(self, tokenizer: Any, ask: Ask) -> None:
+    def __init__(self, tokenizer: Any, before: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         self._end_id = tokenizer.eos_token_id
-        before = ask.prompt_ids
-        if before is None:
-            before = tuple(tokenizer(ask.prompt.text, add_special_tokens=False)["input_ids"])
         self._ids = list(before[-8:])
         self._from, self._read = 0, len(self._ids)
 

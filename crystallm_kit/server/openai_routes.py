@@ -9,6 +9,7 @@ it is, and the answer's bytes come back untouched.
 Not here: what a body means (asks.py), chat (chat.py), crystals (crystals.py).
 """
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -24,7 +25,7 @@ from fastapi import APIRouter, Request, Response
 from crystallm_kit.records import Completion
 from crystallm_kit.server.asks import Job, completion_job, merged
 from crystallm_kit.server.backend import BackendError, Piece, Token
-from crystallm_kit.server.failures import unknown_model
+from crystallm_kit.server.failures import Refusal, unknown_model
 from crystallm_kit.server.shapes import (
     CompletionAnswer,
     CompletionRequest,
@@ -39,6 +40,7 @@ from crystallm_kit.server.streaming import DONE, answered, event, event_stream, 
 from crystallm_kit.tokens.requests import request_to_json
 
 router = APIRouter(route_class=StrictRoute)
+_LONG_BODY = 20_000  # bytes
 STARTED = int(time.time())
 STREAM_CONTENT = {
     "text/event-stream": {
@@ -83,7 +85,9 @@ def _card(name: str, state: ServerState) -> dict[str, Any]:
 )
 async def completions(body: CompletionRequest, request: Request, state: State) -> Response:
     """Go on with one prompt or several; constrained where conditions are given."""
-    job = completion_job(body, state)
+    # a long body is cut beside the event loop, which others wait for
+    is_long = int(request.headers.get("content-length", _LONG_BODY)) >= _LONG_BODY
+    job = await asyncio.to_thread(completion_job, body, state) if is_long else completion_job(body, state)
     if hasattr(state.backend, "relay") and not state.model_stop:
         return await _relayed(body, job, request, state)
     if body.stream:
@@ -293,7 +297,9 @@ def _body_for_vllm(body: CompletionRequest, job: Job) -> dict[str, Any]:
     """Return the body as a vLLM server takes it: defaults said aloud, conditions compiled."""
     ask = job.asks[0]
     sampling = ask.sampling
-    sent = body.model_dump(exclude_none=True, exclude={"conditions", "user", "best_of", "logit_bias"})
+    sent = body.model_dump(
+        exclude_none=True, exclude={"conditions", "user", "best_of", "logit_bias", "suffix"}
+    )
     sent |= {
         "model": job.model,
         "prompt": body.prompt if body.prompt is not None else job.texts[0],
@@ -321,8 +327,6 @@ def _body_for_vllm(body: CompletionRequest, job: Job) -> dict[str, Any]:
 
 def _refusal(status: int, content: bytes) -> Exception:
     """Return the error of a server behind that refused or failed."""
-    from crystallm_kit.server.failures import Refusal
-
     try:
         error = json.loads(content)
         error = error.get("error", error)

@@ -11,7 +11,7 @@ Not here: what is done with them (asks.py, openai_routes.py), POST /v1/crystals 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from fastapi import Request, Response
+from fastapi import HTTPException, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field
@@ -93,16 +93,7 @@ class _StrictRequest(Request):
             try:
                 self._strict_json = from_json(body, allow_inf_nan=False)
             except ValueError as error:
-                raise RequestValidationError(
-                    [
-                        {
-                            "type": "value_error",
-                            "loc": ("body",),
-                            "msg": "",
-                            "ctx": {"error": f"no JSON: {error}"},
-                        }
-                    ]
-                ) from error
+                raise HTTPException(400, f"the body is no JSON: {error}") from error
         return self._strict_json
 
 

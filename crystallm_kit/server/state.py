@@ -139,6 +139,11 @@ class ServerState:
         return "" if self.tokenizer.eos_token_id is not None else self.model.representation.alphabet().stop
 
     @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest token; a text has at least its length over this many tokens."""
+        return max(map(len, self.tokenizer.get_vocab()))
+
+    @cached_property
     def fingerprint(self) -> str:
         """What an answer depends on beside its request: the same one, the same draws."""
         said = (self.model.name, self.model.template.hash, self.backend.name, self.backend.model_name)

@@ -1,0 +1,102 @@
+"""What the tests of the server share: the shipped model behind a real uvicorn on a free port."""
+
+import contextlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ADAPTER = "bulk-modulus"
+
+
+@dataclass
+class LiveServer:
+    """A server that runs: where it is, what it is made of."""
+
+    url: str
+    app: Any
+    state: Any
+    server: Any
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def client(self, **settings: Any) -> Any:
+        """Return OpenAI's own client, which does not try again by itself."""
+        import openai
+
+        settings = {"api_key": "none-is-asked-for", "max_retries": 0, "timeout": 60, **settings}
+        return openai.OpenAI(base_url=f"{self.url}/v1", **settings)
+
+
+@contextlib.contextmanager
+def run_app(app: Any) -> Iterator[LiveServer]:
+    """Serve an app on a free port, in a thread, until the block ends."""
+    import uvicorn
+
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+    thread.start()
+    try:
+        until = time.monotonic() + 30
+        while not server.started:
+            assert thread.is_alive(), "the server died while it started"
+            assert time.monotonic() < until, "the server did not start"
+            time.sleep(0.01)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield LiveServer(url, app, app.state.server, server)
+    finally:
+        server.should_exit = True
+        thread.join(timeout=30)
+        listener.close()
+
+
+@pytest.fixture(scope="session")
+def shipped() -> Any:
+    """Return the shipped model, loaded once."""
+    from crystallm_kit.generation import load_model
+
+    return load_model()
+
+
+@pytest.fixture(scope="session")
+def shipped_adapter() -> Path:
+    from crystallm_kit.models.folders import shipped_model_folder
+
+    return shipped_model_folder() / "adapters" / ADAPTER
+
+
+@pytest.fixture(scope="module")
+def local_state(shipped) -> Any:
+    """Return a state over the shipped model in this process; a module may put other settings into it."""
+    return new_local_state(shipped)
+
+
+def new_local_state(shipped: Any, **settings: Any) -> Any:
+    """Return the state of a new app over the shipped model; `settings`: those of ServerSettings."""
+    from crystallm_kit.engines.continuous import ContinuousEngine
+    from crystallm_kit.server.local import LocalBackend
+    from crystallm_kit.server.state import ServerSettings, new_state
+
+    chosen = ServerSettings(**settings)
+    engine = ContinuousEngine(shipped.engine.model, shipped.engine.tokenizer, slots=chosen.slots)
+    backend = LocalBackend(engine, model_name="crystallm-kit", max_unread_tokens=chosen.max_unread_tokens)
+    return new_state(backend, shipped, shipped.engine.tokenizer, chosen)
+
+
+@pytest.fixture(scope="module")
+def live_server(local_state) -> Iterator[LiveServer]:
+    """Return a running server over the shipped model; one for each module of tests."""
+    from crystallm_kit.server.app import create_app
+
+    with run_app(create_app(local_state)) as server:
+        yield server
