@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
 from crystallm_kit.errors import CrystallmKitError
-from crystallm_kit.server import openai_routes
+from crystallm_kit.server import openai_routes, page
 from crystallm_kit.server.backend import NotReady
 from crystallm_kit.server.docs_page import docs_page
 from crystallm_kit.server.failures import failure_of
@@ -52,6 +52,7 @@ def create_app(state: ServerState) -> FastAPI:
         app.add_exception_handler(kind, _on_error)
     app.include_router(router)
     app.include_router(openai_routes.router)
+    page.mount(app)
     app.openapi = lambda: _document(app, state)  # type: ignore[method-assign]
     _watch(state)
     return app
