@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -289,7 +289,7 @@ def tokenizer(options: argparse.Namespace) -> int:
 
 def _asked(options: argparse.Namespace) -> tuple["Understood | None", Conditions]:
     """Return what the words and the options ask for together; show it before anything is generated."""
-    from crystallm_kit.text.conditions import check_conditions, describe
+    from crystallm_kit.text.conditions import check_conditions, combined, describe
 
     given = _conditions(options)
     understood = None
@@ -304,7 +304,7 @@ def _asked(options: argparse.Namespace) -> tuple["Understood | None", Conditions
                 f"prompt '{options.prompt}': nothing of it was understood {hints}".rstrip()
                 + "; say it with formulas, elements, space groups, properties, or use the options (--help)."
             )
-        conditions = _combined(understood.conditions, given)
+        conditions = combined(understood.conditions, given)
         check_conditions(conditions)
         print(understood.report(), file=_notes(options))
     if conditions != (understood.conditions if understood else None):
@@ -322,20 +322,6 @@ def _conditions(options: argparse.Namespace) -> Conditions:
         options.formula, options.elements, spacegroup=options.spacegroup, sites=options.sites,
         properties=options.condition,
     )  # fmt: skip
-
-
-def _combined(words: Conditions, given: Conditions) -> Conditions:
-    """Return both; where they name the same condition, the option wins."""
-
-    nothing = Conditions()
-    changes = {
-        f.name: getattr(given, f.name)
-        for f in fields(Conditions)
-        if getattr(given, f.name) != getattr(nothing, f.name)
-    }
-    if given.elements:
-        changes["only_elements"] = given.only_elements
-    return replace(words, **{**changes, "properties": {**words.properties, **given.properties}})
 
 
 def _n_requested(options: argparse.Namespace, understood: "Understood | None") -> int:

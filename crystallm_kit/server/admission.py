@@ -55,6 +55,10 @@ class Place:
         left, self._left = self._left, 0
         self._admission._give_back(left, finished=0, ends=True)
 
+    def passed_on(self, n: int = 1) -> None:
+        """Count n completions as done whose places the next ones of the same request take."""
+        self._admission._give_back(0, finished=n, ends=False)
+
     def finished(self, n: int = 1) -> None:
         """Give back the places of n completions that are done."""
         n = min(n, self._left)

@@ -14,7 +14,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 from crystallm_kit.errors import ImpossibleRequest, UnknownName, UserError, did_you_mean
@@ -529,6 +529,19 @@ def check_range(wanted: Property, asked: Range) -> None:
             f"{wanted.name}: {range_text(asked)} {wanted.unit} is out of range; "
             f"{wanted.low:g} to {wanted.high:g} {wanted.unit} can be asked for."
         )
+
+
+def combined(words: Conditions, given: Conditions) -> Conditions:
+    """Return both; where they name the same condition, `given` wins. The result is not checked."""
+    nothing = Conditions()
+    changes = {
+        f.name: getattr(given, f.name)
+        for f in fields(Conditions)
+        if getattr(given, f.name) != getattr(nothing, f.name)
+    }
+    if given.elements:
+        changes["only_elements"] = given.only_elements
+    return replace(words, **{**changes, "properties": {**words.properties, **given.properties}})
 
 
 # ---------------------------------------------------------------- describing
