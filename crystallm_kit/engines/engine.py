@@ -6,7 +6,8 @@ construction. A black box is asked, and its answer is checked afterwards.
 
 Contract, tested for every entry of the table:
     one completion for each prompt, in the order of the prompts
-    the same prompts, sampling and seed give the same completions, whatever the batch size
+    the same prompts, sampling and seed give the same completions, whatever the batch size (of a server
+        elsewhere, as far as it keeps to seeds)
     a steerable engine's completions that end ("stop") satisfy the request of their prompt
 
 Not here: how prompts are made and completions judged (generation.py).
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 ENGINES: dict[str, str] = {
     "transformers": "crystallm_kit.engines.transformers_local:TransformersEngine",
+    "vllm": "crystallm_kit.engines.vllm_offline:VllmEngine",
+    "openai": "crystallm_kit.engines.openai_endpoint:OpenAIEngine",
     "scripted": "crystallm_kit.engines.engine:ScriptedEngine",
 }
 
@@ -38,7 +41,8 @@ class Prompt:
         beginning: How the crystal's own text must begin; "" leaves it free. Part of the completion.
         request: What must hold for every token; None: unconstrained. Only steerable engines take one.
         is_whole: Whether nothing but the end follows the beginning, so that the completion's probability is
-            that of this answer. Only steerable engines know it.
+            that of this answer. Only engines that see the logits know it.
+        adapter: Name of the adapter to draw with; "": the model itself.
     """
 
     text: str
