@@ -69,7 +69,7 @@ async def answer(reader, writer, options, path, body, key) -> None:
     if path == "/inference/v1/generate" and not options.no_tokens_route:
         if not asked:
             send(writer, 400, {"error": {"message": "token_ids: field required", "code": 400}})
-        return
+            return
         sampling, ids = asked["sampling_params"], asked["token_ids"]
     elif path == "/v1/completions":
         sampling, ids = asked, asked["prompt"]
