@@ -1,6 +1,6 @@
 """The model in this process behind the server: ContinuousEngine's thread on one side, asyncio on the other.
 
-    backend = LocalBackend(engine, model_name="crystallm-kit", adapters=("bulk-modulus",))
+    backend = LocalBackend(ContinuousEngine(model, tokenizer), model_name="crystallm-kit")
     async for piece in backend.pieces(ask): ...
 
 The engine calls from its own thread, for every token. What it says is put in one inbox, and the event loop is
@@ -16,14 +16,18 @@ Not here: drawing tokens (engines/continuous.py), who may come in (admission.py)
 import asyncio
 import collections
 import functools
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from crystallm_kit.engines.continuous import ContinuousEngine
+from crystallm_kit.errors import UserError
 from crystallm_kit.records import Completion
 from crystallm_kit.server.backend import Ask, BackendError, NotReady, Piece, Token
 from crystallm_kit.tokens.tokenizer import encode_strict, prompt_ids
 
+log = logging.getLogger(__name__)
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character yet
 
 
@@ -33,20 +37,17 @@ class LocalBackend:
     Args:
         engine: What draws the tokens; closed with the backend.
         model_name: Name under which the model itself is asked for.
-        adapters: Names of the adapters that the engine has.
         max_unread_tokens: Tokens of one ask that may wait for a client that does not read.
     """
 
     name = "transformers"
 
-    def __init__(
-        self, engine: Any, *, model_name: str, adapters: Sequence[str] = (), max_unread_tokens: int = 65_536
-    ) -> None:
+    def __init__(self, engine: ContinuousEngine, *, model_name: str, max_unread_tokens: int = 65_536) -> None:
         self.engine = engine
         self.model_name = model_name
-        self.adapters = tuple(adapters)
-        self.max_positions = int(engine.max_positions)
-        self.takes_requests = bool(engine.has_wyckoff_ids)
+        self.adapters = engine.adapters.names
+        self.max_positions = engine.max_positions
+        self.takes_requests = engine.has_wyckoff_ids
         self._most_unread = max_unread_tokens
         self._texts = _Texts(engine.tokenizer)
         self._inbox: _Inbox | None = None
@@ -67,15 +68,15 @@ class LocalBackend:
 
     def n_running(self) -> int:
         """Return how many completions are being drawn."""
-        return int(self.engine.n_running)
+        return self.engine.n_running
 
     def n_waiting(self) -> int:
         """Return how many completions wait for a slot."""
-        return int(self.engine.n_waiting)
+        return self.engine.n_waiting
 
     async def pieces(self, ask: Ask) -> AsyncGenerator[Piece, None]:
         """Yield the growing completions. Raises UserError, NotReady, BackendError."""
-        stream = _Stream(self._ready_inbox(), most_unread=self._most_unread)
+        stream = _Stream(self._ready_inbox(), self._told, most_unread=self._most_unread)
         try:
             self._submit(stream, ask, position=0, is_shown=True)
             async for _, piece in stream.arriving():
@@ -86,7 +87,7 @@ class LocalBackend:
     async def completions(self, asks: Sequence[Ask]) -> AsyncGenerator[tuple[int, Completion], None]:
         """Yield (position of the ask, completion) as they finish. Raises as `pieces` does."""
         # whole completions alone wait here, so there is no bound but the number that was let in
-        stream = _Stream(self._ready_inbox(), most_unread=None)
+        stream = _Stream(self._ready_inbox(), self._told, most_unread=None)
         try:
             for position, ask in enumerate(asks):
                 self._submit(stream, ask, position=position, is_shown=bool(ask.stop))
@@ -95,6 +96,17 @@ class LocalBackend:
                     yield position, piece.completion
         finally:
             stream.cancel()
+
+    def _told(self, error: Exception) -> Exception:
+        """Return what a client is told of an engine's error."""
+        if self._is_closed:
+            return NotReady("the server is stopping")
+        if isinstance(error, UserError):
+            return error
+        log.error("the engine failed", exc_info=error)
+        failed = BackendError("the engine failed in the middle of the request; the same one may work again")
+        failed.__cause__ = error
+        return failed
 
     def _ready_inbox(self) -> "_Inbox":
         if self._inbox is None or self._is_closed:
@@ -154,8 +166,11 @@ class _Inbox:
 class _Stream:
     """The completions of one call, and what came of them that nobody has read yet."""
 
-    def __init__(self, inbox: _Inbox, *, most_unread: int | None) -> None:
+    def __init__(
+        self, inbox: _Inbox, told: Callable[[Exception], Exception], *, most_unread: int | None
+    ) -> None:
         self.inbox = inbox
+        self._told = told
         self.arrived = asyncio.Event()
         self._most_unread = most_unread
         self._growths: list[_Growth] = []
@@ -174,7 +189,7 @@ class _Stream:
         if growth.is_done or self._error is not None:
             return
         if isinstance(said, Exception):
-            self._fail(said)
+            self._fail(self._told(said))
             return
         if isinstance(said, Completion):
             growth.end(said)

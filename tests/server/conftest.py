@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,13 +67,6 @@ def shipped() -> Any:
     return load_model()
 
 
-@pytest.fixture(scope="session")
-def shipped_adapter() -> Path:
-    from crystallm_kit.models.folders import shipped_model_folder
-
-    return shipped_model_folder() / "adapters" / ADAPTER
-
-
 @pytest.fixture(scope="module")
 def local_state(shipped) -> Any:
     """Return a state over the shipped model in this process; a module may put other settings into it."""
@@ -84,11 +76,15 @@ def local_state(shipped) -> Any:
 def new_local_state(shipped: Any, **settings: Any) -> Any:
     """Return the state of a new app over the shipped model; `settings`: those of ServerSettings."""
     from crystallm_kit.engines.continuous import ContinuousEngine
+    from crystallm_kit.models.folders import shipped_model_folder
     from crystallm_kit.server.local import LocalBackend
     from crystallm_kit.server.state import ServerSettings, new_state
 
     chosen = ServerSettings(**settings)
-    engine = ContinuousEngine(shipped.engine.model, shipped.engine.tokenizer, slots=chosen.slots)
+    folder = shipped_model_folder() / "adapters" / ADAPTER
+    engine = ContinuousEngine(
+        shipped.engine.model, shipped.engine.tokenizer, slots=chosen.slots, adapters={ADAPTER: folder}
+    )
     backend = LocalBackend(engine, model_name="crystallm-kit", max_unread_tokens=chosen.max_unread_tokens)
     return new_state(backend, shipped, shipped.engine.tokenizer, chosen)
 
