@@ -5,6 +5,7 @@
 Not here: settings from a command line, backends, uvicorn itself (run.py).
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,11 +20,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
 from crystallm_kit.errors import CrystallmKitError
-from crystallm_kit.server import openai_routes, page
+from crystallm_kit.server import crystals, openai_routes, page
 from crystallm_kit.server.backend import NotReady
 from crystallm_kit.server.docs_page import docs_page
 from crystallm_kit.server.failures import failure_of
 from crystallm_kit.server.gate import Gate
+from crystallm_kit.server.judging import Judges
 from crystallm_kit.server.metrics import CONTENT_TYPE
 from crystallm_kit.server.shapes import errors
 from crystallm_kit.server.state import ServerState, State
@@ -38,12 +40,14 @@ def create_app(state: ServerState) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await state.backend.start()
+        state.judges = state.judges or Judges()
         try:
+            await asyncio.gather(state.backend.start(), state.judges.start())
             yield
         finally:
             state.admission.drain()
             await state.backend.close()
+            await state.judges.close()
 
     app = FastAPI(title="crystallm_kit", version=_version(), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.server = state
@@ -52,6 +56,7 @@ def create_app(state: ServerState) -> FastAPI:
         app.add_exception_handler(kind, _on_error)
     app.include_router(router)
     app.include_router(openai_routes.router)
+    app.include_router(crystals.router)
     page.mount(app)
     app.openapi = lambda: _document(app, state)  # type: ignore[method-assign]
     _watch(state)
