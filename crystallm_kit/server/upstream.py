@@ -27,7 +27,15 @@ import httpx
 from crystallm_kit.errors import UnknownName, UserError
 from crystallm_kit.records import Completion
 from crystallm_kit.server.backend import Ask, BackendError, NotReady, Piece
-from crystallm_kit.server.vllm_wire import TOKENS_ROUTE, Wire, calls, choices_of, is_greedy, message_of
+from crystallm_kit.server.vllm_wire import (
+    TEXT_ROUTE,
+    TOKENS_ROUTE,
+    Wire,
+    calls,
+    choices_of,
+    is_greedy,
+    message_of,
+)
 
 _JSON = {"content-type": "application/json"}
 # vLLM closes a connection that was idle for 5 s; a request sent at that moment would be lost
@@ -47,7 +55,9 @@ class Server:
         is_healthy: Whether it answered when it was last asked.
         models: Names that it takes.
         root: Name of its model itself, without adapters; "" until it has said.
+        adapters: Those of them that are adapters of its model.
         takes_tokens: Whether it has the route that takes and gives token ids.
+        takes_requests: Whether it holds our constraint.
         n_running: Completions that we wait for.
         failure: Why it is left out.
     """
@@ -56,8 +66,9 @@ class Server:
     is_healthy: bool = False
     models: frozenset[str] = frozenset()
     root: str = ""
-    max_positions: int = 0
+    adapters: tuple[str, ...] = ()
     takes_tokens: bool = False
+    takes_requests: bool = False
     n_running: int = 0
     failure: str = "not asked yet"
     recheck: asyncio.Event = field(default_factory=asyncio.Event)
@@ -70,8 +81,9 @@ class UpstreamBackend:
         urls: The servers; a final /v1 is understood.
         wire: How asks are said to them.
         model_name: Name under which the model is asked for here.
-        adapters: Names of the adapters.
-        takes_requests: Whether the servers hold our constraint.
+        adapters: Names of the adapters; None: those that the servers list.
+        takes_requests: Whether the model's text can be constrained. It is, while every server that is well has
+            our constraint; each is asked, as one without would pass over it and draw freely.
         name: "vllm" for servers that this process keeps, "upstream" for those of others.
         api_key: Sent to the servers as a bearer token.
         per_call: Completions asked for in one HTTP request.
@@ -86,7 +98,7 @@ class UpstreamBackend:
         wire: Wire,
         *,
         model_name: str,
-        adapters: Sequence[str] = (),
+        adapters: Sequence[str] | None = (),
         takes_requests: bool = True,
         name: str = "upstream",
         api_key: str | None = None,
@@ -99,8 +111,8 @@ class UpstreamBackend:
             raise UserError("no upstream server is named; expected one address or more")
         self.name = name
         self.model_name = model_name
-        self.adapters = tuple(adapters)
-        self.takes_requests = takes_requests
+        self._adapters = None if adapters is None else tuple(adapters)
+        self._may_take_requests = takes_requests
         self.wire = wire
         self.per_call = per_call
         self.servers = [Server(_address(url)) for url in urls]
@@ -116,6 +128,18 @@ class UpstreamBackend:
         self._watchers: list[asyncio.Task[None]] = []
 
     @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that can be asked for."""
+        if self._adapters is not None:
+            return self._adapters
+        return tuple(dict.fromkeys(name for server in self.servers for name in server.adapters))
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether constraints are obeyed while tokens are drawn."""
+        return self._may_take_requests and all(s.takes_requests for s in self.servers if s.is_healthy)
+
+    @property
     def max_positions(self) -> int:
         """Tokens that prompt and completion may have together."""
         return self.wire.max_positions
@@ -123,11 +147,13 @@ class UpstreamBackend:
     # Life
 
     async def start(self, *, wait_seconds: float = 30.0) -> None:
-        """Wait until a server is well, and watch them all from then on.
+        """Wait until a server is well, and watch them all from then on. Started twice is started once.
 
         Raises:
             NotReady: If none is within `wait_seconds`.
         """
+        if self._watchers:
+            return
         self._client = httpx.AsyncClient(
             limits=self._limits, timeout=self._timeout, headers=self._headers, trust_env=False
         )
@@ -400,10 +426,14 @@ class UpstreamBackend:
         server.models = frozenset(str(card["id"]) for card in cards)
         roots = [card for card in cards if not card.get("parent")]
         server.root = str(roots[0]["id"]) if roots else ""
-        server.max_positions = int((roots or [{}])[0].get("max_model_len") or 0)
+        server.adapters = tuple(str(card["id"]) for card in cards if card.get("parent"))
         # an empty request is wrong (400 or 422) where the route is there, unknown (404) where it is not
         probe = await client.post(server.url + TOKENS_ROUTE, json={}, timeout=10.0)
         server.takes_tokens = probe.status_code in (400, 422)
+        # and so is an argument of our constraint that makes no sense, where there is one to look at it
+        nonsense = {"model": server.root, "prompt": [1], "max_tokens": 1, "vllm_xargs": {"crystal": "?"}}
+        probe = await client.post(server.url + TEXT_ROUTE, json=nonsense, timeout=30.0)
+        server.takes_requests = probe.status_code in (400, 422)
         server.is_healthy, server.failure = True, ""
 
 

@@ -378,6 +378,32 @@ def test_adapters_and_the_model_go_to_who_has_them(stand_ins, wire):
     asyncio.run(story())
 
 
+def test_a_server_without_our_constraint_is_not_taken_for_one_with(stand_ins, wire):
+    """vLLM passes over arguments that nobody asks for, so the samples would be unconstrained."""
+
+    async def story():
+        for arguments, takes in (((), True), (("--without-constraint",), False)):
+            async with open_backend([stand_ins.start(*arguments)], wire) as backend:
+                assert backend.takes_requests is takes
+            async with open_backend([stand_ins.start(*arguments)], wire, takes_requests=False) as backend:
+                assert backend.takes_requests is False
+
+    asyncio.run(story())
+
+
+def test_adapters_that_are_not_named_are_those_that_the_servers_list(stand_ins, wire):
+    async def story():
+        urls = [
+            stand_ins.start("--lora-modules", "one=x", "two=x"),
+            stand_ins.start("--lora-modules", "one=x"),
+        ]
+        async with open_backend(urls, wire, adapters=None) as backend:
+            await until(lambda: all(s.is_healthy for s in backend.servers))
+            assert backend.adapters == ("one", "two")
+
+    asyncio.run(story())
+
+
 def test_a_server_that_calls_its_model_otherwise_is_asked_by_its_own_name(stand_ins, wire):
     async def story():
         url = stand_ins.start("--served-model-name", "org/some-model")

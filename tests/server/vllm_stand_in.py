@@ -79,6 +79,10 @@ async def answer(reader, writer, options, path, body, key) -> None:
     if asked["model"] not in names:
         send(writer, 404, {"error": {"message": f"The model `{asked['model']}` does not exist."}})
         return
+    xargs = asked.get("vllm_xargs") or {}
+    if xargs.get("crystal") == "?":
+        send(writer, 200 if options.without_constraint else 400, {"error": {"message": "crystal: no JSON"}})
+        return
     SEEN["requests"].append(asked | {"path": path})
     SEEN["running"] += 1
     work = asyncio.create_task(draw(writer, path, asked, sampling, ids, options))
@@ -178,6 +182,7 @@ def main() -> None:
     parser.add_argument("--served-model-name", default="toy")
     parser.add_argument("--lora-modules", nargs="*", default=[])
     parser.add_argument("--no-tokens-route", action="store_true")
+    parser.add_argument("--without-constraint", action="store_true")
     options, _ = parser.parse_known_args()
     print(f"stand-in {os.getpid()} {sys.argv[1:]}", flush=True)
     start = os.environ.get("STAND_IN_START")
