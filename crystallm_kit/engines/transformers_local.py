@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from crystallm_kit.engines.cache import growing_cache
+from crystallm_kit.engines.drawing import draw, uniform_numbers
 from crystallm_kit.engines.engine import Prompt, Sampling
 from crystallm_kit.engines.stopping import stop_table
 from crystallm_kit.errors import ImpossibleRequest, UserError
@@ -150,9 +151,7 @@ class TransformersEngine:
     ) -> Iterator[Completion]:
         size, end = len(rows), -1 if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
         limit = min(sampling.max_new_tokens, self._positions() - len(prompt_ids_BT[0]))
-        draws = np.stack(
-            [np.random.default_rng((sampling.seed, row)).random(limit, dtype=np.float32) for row in rows]
-        )
+        draws = np.stack([uniform_numbers(sampling.seed, row, limit) for row in rows])
         draws_BT = torch.from_numpy(draws).to(self.device)
         given_BT = torch.full((size, limit), -1, dtype=torch.long, device=self.device)
         for b, beginning in enumerate(given):
@@ -185,8 +184,9 @@ class TransformersEngine:
                 if t < longest_beginning:
                     self._check_forced(forced_B, mask_BV, [prompts[rows[b]] for b in active.tolist()])
                 logits_BV = logits_BV.masked_fill(~mask_BV, -torch.inf)
-            token_B = _draw(
-                logits_BV, sampling, draws_BT[active, t], self._temperatures(constraint, sampling)
+            temperature = self._temperatures(constraint, sampling)
+            token_B = draw(
+                logits_BV, draws_BT[active, t], temperature, top_p=sampling.top_p, top_k=sampling.top_k
             )
             token_B = torch.where(forced_B >= 0, forced_B, token_B)
             chosen = torch.log_softmax(logits_BV, -1).gather(1, token_B[:, None]).squeeze(1)
@@ -230,11 +230,15 @@ class TransformersEngine:
         """Raise ImpossibleRequest if a given beginning takes a token that its request rules out."""
         allowed_B = (forced_B < 0) | mask_BV.gather(1, forced_B.clamp(min=0)[:, None]).squeeze(1)
         for b in (~allowed_B).nonzero().flatten().tolist()[:1]:
-            token = self.tokenizer.convert_ids_to_tokens(int(forced_B[b]))
-            raise ImpossibleRequest(
-                f"beginning {prompts[b].beginning!r}: at {token!r} it leaves what was asked for, or no "
-                "crystal goes on from there."
-            )
+            raise self._forbidden(int(forced_B[b]), prompts[b])
+
+    def _forbidden(self, token_id: int, prompt: Prompt) -> ImpossibleRequest:
+        """Return what to say of a beginning that takes a token which its request rules out."""
+        token = self.tokenizer.convert_ids_to_tokens(token_id)
+        return ImpossibleRequest(
+            f"beginning {prompt.beginning!r}: at {token!r} it leaves what was asked for, or no crystal goes "
+            "on from there."
+        )
 
     def _constraint(self, prompts: Sequence[Prompt]) -> WyckoffConstraint | None:
         requests = [p.request for p in prompts if p.request is not None]
@@ -308,26 +312,3 @@ class TransformersEngine:
         # a special token within the text stays: left out, it would join what it stood between
         before, after = (str(self.tokenizer.decode(ids)) for ids in (prompt, written))
         return after[len(before) :]
-
-
-def _draw(
-    logits_BV: torch.Tensor, sampling: Sampling, uniform_B: torch.Tensor, temperature: torch.Tensor | float
-) -> torch.Tensor:
-    """Return (B,) ids: the inverse of the cumulative probability at one uniform number for each row."""
-    temperature_B = torch.as_tensor(temperature, device=logits_BV.device).expand(len(logits_BV))
-    # Dividing by almost nothing leaves the most likely token alone.
-    probability = torch.softmax(logits_BV.double() / temperature_B.clamp(min=1e-6)[:, None], -1)
-    if sampling.top_k or sampling.top_p < 1:
-        ordered, index = probability.sort(stable=True, dim=-1, descending=True)
-        if sampling.top_k:
-            ordered[:, sampling.top_k :] = 0
-        if sampling.top_p < 1:
-            before = ordered.cumsum(-1) - ordered
-            ordered = ordered.masked_fill(before >= sampling.top_p * ordered.sum(-1, keepdim=True), 0)
-        probability = torch.zeros_like(probability).scatter_(1, index, ordered)
-    cumulative = probability.cumsum(-1)
-    point = uniform_B.double()[:, None] * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, point, right=True).squeeze(1)
-    # Rounding may put the point beyond the last token of positive probability.
-    last = probability.shape[1] - 1 - (probability > 0).flip(1).long().argmax(-1)
-    return torch.minimum(token, last)

@@ -255,6 +255,17 @@ class WyckoffConstraint:
         other._look_at(self._asked[rows], self._state[rows], self.plans[rows], self.alive[rows])
         return other
 
+    def first(self, n: int) -> "WyckoffConstraint":
+        """Return the constraint of the first n slots: the same tensors, seen in part."""
+        other = object.__new__(WyckoffConstraint)
+        other.__dict__.update(vars(self))
+        other._look_at(self._asked[:n], self._state[:n], self.plans[:n], self.alive[:n])
+        return other
+
+    def changing(self) -> list[torch.Tensor]:
+        """Return the tensors that `advance` writes to."""
+        return [self._state, self.alive]
+
     @property
     def done(self) -> torch.Tensor:
         """(B,) bool: samples that have written their end."""

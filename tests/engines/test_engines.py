@@ -12,8 +12,9 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from crystallm_kit.engines.drawing import draw
 from crystallm_kit.engines.engine import ENGINES, Prompt, Sampling, ScriptedEngine, engine
-from crystallm_kit.engines.transformers_local import TransformersEngine, _draw
+from crystallm_kit.engines.transformers_local import TransformersEngine
 from crystallm_kit.errors import ImpossibleRequest, UnknownName, UserError
 from crystallm_kit.records import Conditions
 from crystallm_kit.structures.elements import SYMBOL
@@ -278,7 +279,9 @@ def test_requests_need_the_ids_of_the_format(toy):
 def distribution(logits: torch.Tensor, sampling: Sampling, n: int = 20_000) -> torch.Tensor:
     """Return the share of each token among n draws at evenly spaced uniform numbers."""
     uniform = (torch.arange(n) + 0.5) / n
-    tokens = _draw(logits.expand(n, -1), sampling, uniform, sampling.temperature)
+    tokens = draw(
+        logits.expand(n, -1), uniform, sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k
+    )
     return torch.bincount(tokens, minlength=logits.shape[1]) / n
 
 
@@ -308,5 +311,5 @@ def test_tokens_are_drawn_as_transformers_would(sampling):
 def test_a_forbidden_token_is_never_drawn_at_the_edges(uniform, temperature):
     logits = torch.full((1, len(TOKENS)), -torch.inf)
     logits[0, [17, 400]] = torch.tensor([30.0, -30.0])
-    token = _draw(logits, Sampling(), torch.tensor([uniform]), temperature)
+    token = draw(logits, torch.tensor([uniform]), temperature)
     assert int(token) in (17, 400)
