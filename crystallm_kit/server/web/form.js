@@ -8,9 +8,9 @@ import facts from "./facts.js";
 const at = (id) => document.getElementById(id);
 const EXAMPLES = [
   "cubic perovskite of Ba, Ti and O",
-  "six oxides of lithium with cobalt",
-  "rock salt MgO, space group 225",
-  "a ternary sulfide with hexagonal symmetry",
+  "six oxides of lithium and cobalt",
+  "TiO2 in space group 136",
+  "eight hexagonal sulfides of three elements",
 ];
 const TEXTS = ["formula", "elements", "spacegroup", "crystal_system", "anonymous_formula"];
 const NUMBERS = ["n", "max_samples", "temperature", "number_temperature", "top_p", "top_k", "redraws"];
@@ -110,20 +110,26 @@ function conditionsOfForm() {
 
 const FIELDS = [...TEXTS, ...NUMBERS, "sites", "seed", "model", "format", "prompt", ...facts.properties.map((p) => p.name)];
 
-/** Return the id of the field that an error is about, or null: named by its `param`, or first in its message. */
+/** Return the id of the field that an error is about: the first word of its message, or its `param`; or null. */
 export function fieldOf({ message, param, status }) {
   if (status === 401) return "key";
-  const named = `${param ?? ""} ${message.split(/[.'"]/)[0]}`.match(/\w+/g) ?? [];
-  const field = named.find((word) => FIELDS.includes(word)) ?? null;
+  const [, word] = message.match(/^(?:conditions: )?(?:condition )?(\w+)/) ?? [];
+  const field = [word, param].find((name) => FIELDS.includes(name)) ?? null;
   if (field === null) return null;
   return way() === "words" && at(field).closest("#by-conditions") ? "prompt" : field;
+}
+
+/** Return a message without the names that lead it: "conditions: formula: formula 'X': ..." says it three times. */
+function plain(message, id) {
+  const words = message.replace(/^(conditions|condition|prompt):? /, "");
+  return words.startsWith(`${id}: `) ? words.slice(id.length + 2) : words;
 }
 
 /** Say beside a field what is wrong with it, and go there. */
 export function showWrong(id, message) {
   const field = at(id);
   for (let part = field.closest("details"); part; part = part.parentElement.closest("details")) part.open = true;
-  const textContent = message.replace(/^(\w+): (?=\1\b)/, ""); // "formula: formula 'X': ..." names it twice
+  const textContent = plain(message, id);
   const words = Object.assign(document.createElement("p"), { className: "wrong", id: `${id}-wrong`, role: "alert", textContent });
   (field.closest(".field, fieldset") ?? field).append(words);
   field.setAttribute("aria-invalid", "true");

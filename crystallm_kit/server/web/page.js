@@ -32,17 +32,17 @@ async function generate() {
   const key = at("key").value.trim();
   begin(body, key);
   const abort = (shown.abort = new AbortController());
-  let finish = null;
+  let finished = null;
   try {
     for await (const { event, data } of ask(body, { key, signal: abort.signal })) {
-      results.showUnderstood(data.understood);
+      if (event === "request") heard(data);
       if (event === "crystal") arrive(data);
       else if (data.funnel) {
-        finish = data.finish_reason;
+        finished = data;
         results.showFunnel(data.funnel, data.usage);
       }
     }
-    end(finish);
+    end(finished ?? {});
   } catch (error) {
     if (error.name === "AbortError") say(`Stopped with ${counted(shown.crystals)}.`);
     else if (error instanceof RequestFailed) fail(error);
@@ -71,6 +71,12 @@ function begin(body, key) {
   say("Waiting for the first crystal …");
 }
 
+/** What was understood is known. */
+function heard({ understood }) {
+  results.showUnderstood(understood);
+  at("progress").max = shown.body.n ?? understood?.n ?? DEFAULT_WANTED;
+}
+
 function waiting() {
   const card = results.make("li", { className: "waiting" });
   card.setAttribute("aria-hidden", "true");
@@ -90,7 +96,7 @@ function arrive(crystal) {
   if (shown.chosen === null && crystal.structure) choose(crystal, { byItself: true });
 }
 
-function end(finish) {
+function end({ finish_reason: reason, funnel }) {
   const valid = shown.crystals.filter((crystal) => crystal.verdict.valid);
   if (!valid.length) {
     tell(
@@ -98,7 +104,10 @@ function end(finish) {
       "Every sample failed a check; the table says which. Ask for less at once, leave out the property or the space group, or allow more samples under More settings.",
     );
     say("No valid crystal.");
-  } else say(`${counted(valid)}${finish === "budget" ? ", then the budget of samples was spent" : ""}. Seed ${shown.body.seed}.`);
+  } else {
+    const spent = reason === "budget" ? ` of ${at("progress").max} wanted: all ${funnel.requested} samples are spent` : "";
+    say(`${counted(valid)}${spent}. Seed ${shown.body.seed}.`);
+  }
 }
 
 function fail(error) {
