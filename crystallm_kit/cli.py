@@ -288,6 +288,20 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=int, default=256, metavar="N", help="samples at a time (default: 256)"
     )
+    group = parser.add_argument_group("where the model runs (default: here, with transformers)")
+    group.add_argument(
+        "--engine", metavar="NAME", help="transformers; vllm, in this program; openai, a server (with --url)"
+    )
+    group.add_argument(
+        "--url", metavar="URL", help="an OpenAI-compatible server's address: http://localhost:8000/v1"
+    )
+    group.add_argument(
+        "--served-model", default="", metavar="NAME", help="the model's name there (default: the only one)"
+    )
+    group.add_argument(
+        "--api-key-file", type=Path, metavar="FILE",
+        help="its first line is the server's API key (default: OPENAI_API_KEY in the environment)",
+    )  # fmt: skip
 
 
 def _run_options(parser: argparse.ArgumentParser) -> None:

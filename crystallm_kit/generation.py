@@ -21,16 +21,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pymatgen.core import Structure
 
 from crystallm_kit.engines.engine import Engine, Prompt, Sampling
-from crystallm_kit.errors import ImpossibleRequest, ModelError, ParseError, UnknownName
+from crystallm_kit.errors import ImpossibleRequest, ModelError, ParseError, UnknownName, UserError
 from crystallm_kit.models.folders import (
     SHIPPED,
     adapter_folder,
+    has_format_tokens,
     model_folder,
     shipped_model_folder,
     weights_folder,
@@ -42,12 +43,16 @@ from crystallm_kit.text.parsing import parse_completion
 from crystallm_kit.text.prompt_llm import CrystalTextLlmTemplate
 from crystallm_kit.text.prompt_words import WordsTemplate
 from crystallm_kit.text.prompts import Template, template_named
-from crystallm_kit.text.representation import Representation, representation
+from crystallm_kit.text.representation import Alphabet, Representation, representation
 from crystallm_kit.text.wyckoff import MAX_COUNT
+
+if TYPE_CHECKING:
+    from crystallm_kit.models.checkpoints import Manifest
 
 REDRAWS = 3
 _SMALL_MODEL_BYTES = 100_000_000
 LONGEST = 3000  # tokens of a sample, as in CrystaLLM; fewer where the model has fewer positions
+_ENGINES = ("transformers", "vllm", "openai")  # that a model can be loaded behind
 CHUNK = 1024  # requests handed to the engine at a time, so that results stream and memory stays bounded
 
 
@@ -65,6 +70,7 @@ class Model:
         max_sites: Atoms in the primitive cell that its texts hold; more only where they are asked for.
         sampling: How tokens are drawn where nothing else is asked for.
         tasks: What it was trained to do (tokens/tasks.py).
+        adapter: Name of the adapter that its prompts ask the engine for; "": none.
     """
 
     name: str
@@ -76,70 +82,167 @@ class Model:
     max_sites: int = 24
     sampling: Sampling = field(default_factory=Sampling)
     tasks: frozenset[str] = frozenset(("generate",))
+    adapter: str = ""
 
 
 def load_model(
     path: str | Path | None = None,
     *,
+    engine: str = "transformers",
     batch_size: int = 256,
     device: str | None = None,
     adapter: str | Path | None = None,
     template: str | None = None,
     format: str | None = None,
     format_settings: Mapping[str, Any] | None = None,
+    url: str | None = None,
+    served_name: str = "",
+    api_key: str = "",
+    constrained: bool = True,
 ) -> Model:
-    """Return a model behind the transformers engine; without a path, the shipped one.
+    """Return a model behind an engine; without a path, the shipped one behind transformers.
+
+    Behind `openai` nothing of the model is here but how it is spoken to: `path` is the local folder whose
+    manifest says so, or template and format do.
 
     Args:
         path: A model folder, an adapter's folder, or a Hugging Face id (owner/name) of either.
-        batch_size: Samples in a batch.
-        device: Default: cuda where there is one.
+        engine: transformers; vllm, in this program; or openai, a server elsewhere.
+        batch_size: Samples in a batch; of a server, samples under way at once.
+        device: Default: cuda where there is one. For transformers.
         adapter: An adapter's folder, its Hugging Face id, or the name of one that comes with the package.
-            `path` is then its base; None: the base that it names.
+            `path` is then its base; None: the base that it names. Behind `openai`, its name there.
         template: Name of the prompt template, for a model that has no manifest.
         format: Name of the text format, for such a model.
         format_settings: Its settings.
+        url: Of the server; for openai.
+        served_name: The model's name there; "": the only one.
+        api_key: For the server; "": the environment's OPENAI_API_KEY.
+        constrained: Whether engines that take a format's grammar, for models with a base LLM's tokenizer,
+            get it.
 
     Raises:
+        UnknownName: If there is no such engine.
         ModelError: If the folder is no whole model folder, or its template is not the kit's.
+        UserError: If the server is not reached, or what is given does not go together.
+        MissingExtra: If the engine's library is not installed.
     """
+    if engine not in _ENGINES:
+        raise UnknownName.among("engine", engine, _ENGINES)
+    if engine == "openai" and not url:
+        raise UserError("engine 'openai' needs the server's address: --url, such as http://localhost:8000/v1")
+    if engine != "openai" and (url or served_name):
+        raise UserError(f"a server's address goes with the engine 'openai', not with '{engine}'")
+    spoken: dict[str, Any] = {"template": template, "format": format, "format_settings": format_settings}
+    if engine == "openai":
+        return _behind_server(
+            path, str(url), served_name=served_name, api_key=api_key, adapter=str(adapter or ""),
+            in_flight=max(1, batch_size // 16), constrained=constrained, spoken=spoken,
+        )  # fmt: skip
     if adapter is not None:
         folder, base = adapter_folder(str(adapter)), None if path is None else str(path)
     else:
         folder, base = shipped_model_folder() if path is None else model_folder(str(path)), None
+    name = " + ".join(str(part) for part in (path, adapter) if part is not None) or SHIPPED
     _set_threads(weights_folder(folder, base))
+    if engine == "vllm":
+        from crystallm_kit.engines.vllm_offline import VllmEngine
+        from crystallm_kit.models.checkpoints import manifest_of
+
+        manifest = manifest_of(folder, **spoken)
+        alphabet, grammar = _tokens_or_grammar(manifest, folder, constrained=constrained)
+        stop = alphabet.stop if alphabet is not None and alphabet.end is None else ""
+        offline = VllmEngine(folder, base=base, stop=stop, grammar=grammar, max_num_seqs=batch_size)
+        return _model_of(offline, manifest, folder, base, name=name)
     from crystallm_kit.engines.transformers_local import TransformersEngine
     from crystallm_kit.models.loading import load_model_folder
 
-    network, tokenizer, manifest = load_model_folder(
-        folder,
-        dtype="auto",
-        device=device,
-        base=base,
-        template=template,
-        format=format,
-        format_settings=format_settings,
-    )
-    facts = {**_facts_of_base(folder, base), **manifest.results}
-    try:
-        spoken = template_named(manifest.template, manifest.template_sha256)
-    except UnknownName as error:
-        raise ModelError(f"{folder}: {error}") from error
+    network, tokenizer, manifest = load_model_folder(folder, dtype="auto", device=device, base=base, **spoken)
     form = representation(manifest.format, **manifest.format_settings)
     stop = form.alphabet().stop if tokenizer.eos_token_id is None else ""
-    engine = TransformersEngine(network, tokenizer, stop=stop, batch_size=batch_size, device=device)
+    local = TransformersEngine(network, tokenizer, stop=stop, batch_size=batch_size, device=device)
+    return _model_of(local, manifest, folder, base, name=name)
+
+
+def _behind_server(
+    path: str | Path | None,
+    url: str,
+    *,
+    served_name: str,
+    api_key: str,
+    adapter: str,
+    in_flight: int,
+    constrained: bool,
+    spoken: Mapping[str, Any],
+) -> Model:
+    """Return a model behind a server; of its folder, only what says how it is spoken to is read."""
+    from crystallm_kit.engines.openai_endpoint import OpenAIEngine
+    from crystallm_kit.models.checkpoints import manifest_of, manifest_of_words
+
+    if path is not None and not Path(path).is_dir():
+        raise ModelError(
+            f"{path}: no such folder. For a model behind a server, give a local folder with its "
+            "manifest.json, or --template and --text-format."
+        )
+    is_said = path is None and (spoken["template"] is not None or spoken["format"] is not None)
+    folder = None if is_said else Path(path or shipped_model_folder())
+    manifest = manifest_of_words(**spoken) if folder is None else manifest_of(folder, **spoken)
+    alphabet, grammar = _tokens_or_grammar(manifest, folder, constrained=constrained)
+    server = OpenAIEngine(
+        url,
+        served_name=served_name,
+        api_key=api_key,
+        alphabet=alphabet,
+        grammar=grammar,
+        in_flight=in_flight,
+    )
+    name = f"{adapter or server.served_name} at {server.url}"
+    return _model_of(server, manifest, folder, None, name=name, adapter=adapter)
+
+
+def _tokens_or_grammar(
+    manifest: "Manifest", folder: Path | None, *, constrained: bool
+) -> tuple[Alphabet | None, str]:
+    """Return what engines without the model's tokenizer go by: a format's tokens, or else its grammar.
+
+    The tokens, if the model's tokenizer is the format's own; the grammar (Lark), if it is a base LLM's.
+    """
+    form = representation(manifest.format, **manifest.format_settings)
+    if folder is not None and has_format_tokens(folder):
+        return form.alphabet(), ""
+    try:
+        return None, form.grammar().lark if constrained else ""
+    except UserError:  # a dialect that has none
+        return None, ""
+
+
+def _model_of(
+    engine: Engine,
+    manifest: "Manifest",
+    folder: Path | None,
+    base: str | None,
+    *,
+    name: str,
+    adapter: str = "",
+) -> Model:
+    """Return the model that a manifest tells of, behind an engine."""
+    facts = {**(_facts_of_base(folder, base) if folder else {}), **manifest.results}
+    try:
+        template = template_named(manifest.template, manifest.template_sha256)
+    except UnknownName as error:
+        raise ModelError(f"{folder}: {error}") from error
+    positions = int(getattr(engine, "max_positions", LONGEST + 1))
     return Model(
-        name=" + ".join(str(part) for part in (path, adapter) if part is not None) or SHIPPED,
+        name=name,
         engine=engine,
-        representation=form,
-        template=spoken,
+        representation=representation(manifest.format, **manifest.format_settings),
+        template=template,
         known_elements=tuple(facts.get("elements", ELEMENTS)),
         quantiles=dict(facts.get("quantiles", {})),
         max_sites=int(facts.get("max_sites", 24)),
-        sampling=Sampling(
-            **facts.get("sampling", {}), max_new_tokens=max(1, min(engine.max_positions - 1, LONGEST))
-        ),
-        tasks=frozenset(facts.get("tasks", spoken.tasks)),  # published adapters do not say
+        sampling=Sampling(**facts.get("sampling", {}), max_new_tokens=max(1, min(positions - 1, LONGEST))),
+        tasks=frozenset(facts.get("tasks", template.tasks)),  # published adapters do not say
+        adapter=adapter,
     )
 
 
@@ -295,7 +398,7 @@ def _prompts(
         beginning = beginnings[index] if beginnings else ""
         if beginning and model.template.begins_the_text:
             text, beginning = beginning, ""
-        yield Prompt(text, beginning, request(conditions) if request else None)
+        yield Prompt(text, beginning, request(conditions) if request else None, adapter=model.adapter)
 
 
 def prompt_text(conditions: Conditions, model: Model, *, seed: int, index: int) -> tuple[str, bool]:
@@ -458,7 +561,7 @@ def _infilled(crystal: Crystal, element: str, candidates: Sequence[str], model: 
     if "infill" in model.tasks and isinstance(template, WordsTemplate | CrystalTextLlmTemplate):
         text = model.representation.encode(Crystal(crystal.id, structure))
         question = template.infill_prompt(text, element)
-        return [Prompt(question, candidate, is_whole=True) for candidate in candidates]
+        return [Prompt(question, candidate, is_whole=True, adapter=model.adapter) for candidate in candidates]
     unconditional = template.render(Conditions())
     found = []
     for candidate in candidates:
@@ -467,7 +570,7 @@ def _infilled(crystal: Crystal, element: str, candidates: Sequence[str], model: 
         text = model.representation.encode(Crystal(crystal.id, replaced))
         if template.begins_the_text:
             text = text.removeprefix(unconditional)
-        found.append(Prompt(unconditional, text, is_whole=True))
+        found.append(Prompt(unconditional, text, is_whole=True, adapter=model.adapter))
     return found
 
 

@@ -352,15 +352,30 @@ def _model(options: argparse.Namespace) -> "Model":
         raise UserError(f"--batch-size {options.batch_size}: 1 or more expected")
     return load_model(
         options.model, adapter=options.adapter, template=options.template, format=options.text_format,
-        batch_size=options.batch_size,
+        batch_size=options.batch_size, constrained=not getattr(options, "unconstrained", False),
+        **_server(options),
     )  # fmt: skip
+
+
+def _server(options: argparse.Namespace) -> dict[str, Any]:
+    """Return where the model runs; an address alone says that it is a server."""
+    engine = options.engine or ("transformers" if options.url is None else "openai")
+    key = ""
+    if options.api_key_file is not None:
+        try:
+            key = options.api_key_file.read_text(encoding="utf-8").partition("\n")[0].strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--api-key-file {options.api_key_file}: cannot be read") from error
+        if not key:
+            raise UserError(f"--api-key-file {options.api_key_file}: its first line is empty")
+    return {"engine": engine, "url": options.url, "served_name": options.served_model, "api_key": key}
 
 
 def _tell_of_adapters(options: argparse.Namespace, conditions: Conditions) -> None:
     """Say which adapter has learned a property that is asked of the shipped model, which has not."""
     from crystallm_kit.models.folders import adapter_for
 
-    if options.model is not None or options.adapter is not None:
+    if options.model is not None or options.adapter is not None or options.url is not None:
         return
     for name in conditions.properties:
         adapter = adapter_for(name)

@@ -91,7 +91,10 @@ class Engine(Protocol):
     """What samples. `steerable` tells whether it takes requests."""
 
     name: str
-    steerable: bool
+
+    @property
+    def steerable(self) -> bool:
+        """Return whether requests are obeyed token by token."""
 
     def complete(self, prompts: Sequence[Prompt], sampling: Sampling) -> Iterator[Completion]:
         """Yield one completion for each prompt, in order."""

@@ -224,7 +224,9 @@ class OpenAIEngine:
         import openai
 
         try:
-            answer = self._client.get("/models", cast_to=object)
+            # a server that is not there should not take half a minute to be told
+            first = self._client.with_options(max_retries=min(2, self._client.max_retries), timeout=60.0)
+            answer = first.get("/models", cast_to=object)
         except openai.NotFoundError:
             return []
         except openai.OpenAIError as error:
@@ -338,7 +340,7 @@ class OpenAIEngine:
         if self._key:
             said = said.replace(self._key, "[key]")
         if isinstance(error, openai.APITimeoutError):
-            return UserError(f"{self.url}: no answer within {self._client.timeout} s.")
+            return UserError(f"{self.url}: no answer in time.")
         if isinstance(error, openai.APIConnectionError):
             why = str(error.__cause__ or said)
             return UserError(f"{self.url}: not reached ({why}). Is the server running there?")

@@ -330,9 +330,6 @@ def manifest_of(
     """
     if template is None and format is None:
         return read_manifest(folder)
-    from crystallm_kit.text.prompts import template_named
-    from crystallm_kit.text.representation import representation
-
     if (Path(folder) / MANIFEST).is_file():
         manifest = read_manifest(folder)
         for what, given in (("template", template), ("format", format)):
@@ -345,6 +342,24 @@ def manifest_of(
     if template is None or format is None:
         missing = "template" if template is None else "format"
         raise ModelError(f"{folder}: no {MANIFEST}; give the {missing} that it was trained with too.")
+    return manifest_of_words(template, format, format_settings)
+
+
+def manifest_of_words(
+    template: str | None, format: str | None, format_settings: Mapping[str, Any] | None = None
+) -> Manifest:
+    """Return the manifest of a model of which only template and format are known.
+
+    Raises:
+        ModelError: If one of them is not given.
+        UnknownName: If one of them is unknown.
+    """
+    from crystallm_kit.text.prompts import template_named
+    from crystallm_kit.text.representation import representation
+
+    if template is None or format is None:
+        missing = "format" if format is None else "template"
+        raise ModelError(f"without a model folder, give the {missing} that the model was trained with too.")
     settings = dict(format_settings or {})
     representation(format, **settings)
     return Manifest({}, format, settings, template, template_named(template, format=format).hash, "", 0)

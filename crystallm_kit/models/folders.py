@@ -95,6 +95,17 @@ def weights_folder(folder: Path, base: str | None = None) -> Path | None:
     return source if source.is_dir() else None
 
 
+def has_format_tokens(folder: Path) -> bool:
+    """Tell whether a model's tokenizer is a text format's own (one token a word), and no base LLM's."""
+    path = folder / "tokenizer.json"
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8"))["model"]["type"] == "WordLevel")
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{path}: not a tokenizer: {error}") from error
+
+
 def model_folder(name: str, *, revision: str | None = None) -> Path:
     """Return the folder of a finished model or adapter, downloaded first where `name` is a Hugging Face id.
 
