@@ -49,8 +49,8 @@ class Ask:
         n_top: Alternatives whose log-probabilities are wanted for each token; 0: those of drawn tokens alone;
             None: no log-probability of single tokens.
         prompt_ids: The prompt as token ids, in place of prompt.text.
-        is_seeded: Whether the draws must be those of the seed. False where the client named none: vLLM keeps a
-            random generator of its own for every seeded sample, which costs it time.
+        is_seeded: Whether the draws must be those of the seed. False where the client named none: vLLM keeps
+            a random generator of its own for every seeded sample, which costs it time.
     """
 
     prompt: Prompt
@@ -103,9 +103,15 @@ class Backend(Protocol):
 
     name: str
     model_name: str
-    adapters: tuple[str, ...]
-    max_positions: int
-    takes_requests: bool
+
+    @property
+    def adapters(self) -> tuple[str, ...]: ...  # noqa: D102
+
+    @property
+    def max_positions(self) -> int: ...  # noqa: D102
+
+    @property
+    def takes_requests(self) -> bool: ...  # noqa: D102
 
     async def start(self) -> None:
         """Get ready; returns when the first completion can be asked for, or raises."""

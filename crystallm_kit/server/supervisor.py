@@ -129,7 +129,12 @@ class Supervisor:
                 task.cancel()
         if self.all_failed.is_set():
             await self.close()
-            raise EngineFailed("; ".join(dict.fromkeys(run.failure for run in self.runs)))
+            raise EngineFailed(await self.failed())
+
+    async def failed(self) -> str:
+        """Wait until every job is given up; return why."""
+        await self.all_failed.wait()
+        return "; ".join(dict.fromkeys(run.failure for run in self.runs))
 
     async def close(self) -> None:
         """Stop every job: SIGTERM, and SIGKILL to its whole group if that is not enough."""

@@ -82,8 +82,8 @@ class UpstreamBackend:
         wire: How asks are said to them.
         model_name: Name under which the model is asked for here.
         adapters: Names of the adapters; None: those that the servers list.
-        takes_requests: Whether the model's text can be constrained. It is, while every server that is well has
-            our constraint; each is asked, as one without would pass over it and draw freely.
+        takes_requests: Whether the model's text can be constrained. It is, while every server that is well
+            has our constraint; each is asked, as one without would pass over it and draw freely.
         name: "vllm" for servers that this process keeps, "upstream" for those of others.
         api_key: Sent to the servers as a bearer token.
         per_call: Completions asked for in one HTTP request.

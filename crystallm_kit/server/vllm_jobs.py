@@ -307,6 +307,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def missing() -> MissingExtra:
+def missing(python: str) -> MissingExtra:
     """Return the error of an engine that is asked for and not installed."""
-    return MissingExtra.of("engine 'vllm'", "vllm", "vllm")
+    if python == sys.executable:
+        return MissingExtra.of("engine 'vllm'", "vllm", "vllm")
+    return MissingExtra(f"engine 'vllm': {python} has no vllm. Run: {python} -m pip install vllm")
