@@ -153,7 +153,7 @@ def load_model(
         alphabet, grammar = _tokens_or_grammar(manifest, folder, constrained=constrained)
         stop = alphabet.stop if alphabet is not None and alphabet.end is None else ""
         offline = VllmEngine(folder, base=base, stop=stop, grammar=grammar, max_num_seqs=batch_size)
-        return _model_of(offline, manifest, folder, base, name=name)
+        return model_of(offline, manifest, folder, base, name=name)
     from crystallm_kit.engines.transformers_local import TransformersEngine
     from crystallm_kit.models.loading import load_model_folder
 
@@ -161,7 +161,7 @@ def load_model(
     form = representation(manifest.format, **manifest.format_settings)
     stop = form.alphabet().stop if tokenizer.eos_token_id is None else ""
     local = TransformersEngine(network, tokenizer, stop=stop, batch_size=batch_size, device=device)
-    return _model_of(local, manifest, folder, base, name=name)
+    return model_of(local, manifest, folder, base, name=name)
 
 
 def _behind_server(
@@ -197,7 +197,7 @@ def _behind_server(
         in_flight=in_flight,
     )
     name = f"{adapter or server.served_name} at {server.url}"
-    return _model_of(server, manifest, folder, None, name=name, adapter=adapter)
+    return model_of(server, manifest, folder, None, name=name, adapter=adapter)
 
 
 def _tokens_or_grammar(
@@ -216,7 +216,7 @@ def _tokens_or_grammar(
         return None, ""
 
 
-def _model_of(
+def model_of(
     engine: Engine,
     manifest: "Manifest",
     folder: Path | None,

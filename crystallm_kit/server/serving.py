@@ -26,8 +26,7 @@ from typing import Any
 
 from crystallm_kit.engines.engine import Engine
 from crystallm_kit.errors import ModelError, UserError
-from crystallm_kit.generation import LONGEST, Model, load_model
-from crystallm_kit.generation import _model_of as model_of
+from crystallm_kit.generation import LONGEST, Model, load_model, model_of
 from crystallm_kit.models.folders import adapter_folder, model_folder, shipped_model_folder
 from crystallm_kit.server.backend import Backend
 from crystallm_kit.server.state import ServerSettings

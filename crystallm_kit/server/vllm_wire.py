@@ -28,12 +28,12 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
-from crystallm_kit.engines.engine import Sampling
+from crystallm_kit.engines.engine import Prompt, Sampling
+from crystallm_kit.engines.texts import Texts
 from crystallm_kit.errors import UserError
 from crystallm_kit.records import Completion, StopReason
 from crystallm_kit.server.backend import Ask, BackendError, Piece, Token
 from crystallm_kit.tokens.requests import Request, request_to_json
-from crystallm_kit.tokens.tokenizer import encode_strict, prompt_ids
 
 TOKENS_ROUTE = "/inference/v1/generate"
 TEXT_ROUTE = "/v1/completions"
@@ -54,13 +54,17 @@ class Wire:
         self.tokenizer = tokenizer
         self.max_positions = max_positions
         self.stop = stop
+        self.cut = Texts(tokenizer)
+        self.is_of_a_format = self.cut.is_of_a_format
         self.end_id = -1 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
-        self.is_of_a_format = type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
         # A format's text is its tokens joined; a base model's has blanks that depend on what stands before.
         self._texts: list[str] = (
             [str(tokenizer.decode([i])) for i in range(len(tokenizer))] if self.is_of_a_format else []
         )
-        self._cut = lru_cache(maxsize=1024)(self._cut_now)
+        self._prompt_ids = lru_cache(maxsize=1024)(lambda text: tuple(self.cut.prompt_ids(text)))
+        self._given_ids = lru_cache(maxsize=1024)(
+            lambda beginning: tuple(self.cut.given_ids(Prompt("", beginning)))
+        )
 
     def prompt_ids(self, ask: Ask) -> tuple[int, ...]:
         """Return the ids that the model gets as the prompt.
@@ -68,7 +72,7 @@ class Wire:
         Raises:
             UserError: If there are none, or they leave no room for a completion.
         """
-        ids = self._cut(ask.prompt.text) if ask.prompt_ids is None else ask.prompt_ids
+        ids = self._prompt_ids(ask.prompt.text) if ask.prompt_ids is None else ask.prompt_ids
         if not ids:
             raise UserError("an empty prompt; a model goes on from at least one token")
         if len(ids) >= self.max_positions:
@@ -146,8 +150,7 @@ class Wire:
         kept = ids[:-1] if ids and ids[-1] == self.end_id else ids
         if self.is_of_a_format:
             return "".join([self._texts[i] for i in kept])
-        before, after = (str(self.tokenizer.decode(part)) for part in (prompt, [*prompt, *kept]))
-        return after[len(before) :]
+        return self.cut.text_of(prompt, kept)
 
     def token_text(self, id: int) -> str:
         """Return one token's text, as it is alone."""
@@ -155,17 +158,8 @@ class Wire:
             return self._texts[id] if 0 <= id < len(self._texts) else ""
         return str(self.tokenizer.decode([id]))
 
-    def _cut_now(self, text: str) -> tuple[int, ...]:
-        return tuple((encode_strict if self.is_of_a_format else prompt_ids)(self.tokenizer, text))
-
     def _beginning(self, ask: Ask) -> tuple[int, ...]:
-        if not ask.prompt.beginning:
-            return ()
-        if self.is_of_a_format:
-            return self._cut(ask.prompt.beginning)
-        from crystallm_kit.tokens.cutting import BaseCutter
-
-        return tuple(BaseCutter(self.tokenizer)(ask.prompt.beginning))
+        return self._given_ids(ask.prompt.beginning) if ask.prompt.beginning else ()
 
     def _arguments(self, ask: Ask, beginning: Sequence[int]) -> dict[str, Any]:
         """Return what the constraint in the server is told."""
