@@ -32,6 +32,7 @@ from vllm import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+from crystallm_kit.engines.drawing import draw, uniform_numbers
 from crystallm_kit.engines.vllm_arguments import (
     Arguments,
     ServedModel,
@@ -142,11 +143,13 @@ class CrystalConstraint(LogitsProcessor):  # type: ignore[misc]
         if uniform_B is not None:
             temperature_R = self._of(self._temperature_B, self._number_temperature_B, size, in_numbers_R)
             draws_R = self._draws_B[:size]
-            token_R = _draw(
-                log_p_RV, temperature_R, uniform_B[:size],
-                self._top_p_B[:size] if self._any_top_p else None,
-                self._top_k_B[:size] if self._any_top_k else None,
-            )  # fmt: skip
+            token_R = draw(
+                log_p_RV,
+                uniform_B[:size],
+                temperature_R,
+                top_p=self._top_p_B[:size] if self._any_top_p else 1.0,
+                top_k=self._top_k_B[:size] if self._any_top_k else 0,
+            )
             chosen_R = torch.where(draws_R, token_R, -1)
         if forced_B is not None:
             forced_R = forced_B[:size].clamp(max=self._n_tokens - 1)
@@ -310,7 +313,7 @@ def _new_row(params: SamplingParams, prompt_ids: list[int] | None, output_ids: l
     if asked.seed is None:
         return _Row(asked, given, output_ids)
     # a step more than is asked for may be under way when a request ends
-    uniform = np.random.default_rng(asked.seed).random((params.max_tokens or 0) + 1, dtype=np.float32)
+    uniform = uniform_numbers(*asked.seed, (params.max_tokens or 0) + 1)
     return _Row(asked, given, output_ids, uniform.view(np.int32).tolist())
 
 
@@ -319,30 +322,3 @@ def _sharpening(asked: Arguments) -> float:
     if asked.seed is not None or asked.number_temperature == asked.temperature:
         return 1.0
     return asked.temperature / max(asked.number_temperature, _NEARLY_GREEDY)
-
-
-def _draw(
-    log_p_RV: torch.Tensor,
-    temperature_R: torch.Tensor,
-    uniform_R: torch.Tensor,
-    top_p_R: torch.Tensor | None,
-    top_k_R: torch.Tensor | None,
-) -> torch.Tensor:
-    """Return (R,) ids: the inverse of the cumulative probability at one uniform number for each row."""
-    probability = torch.softmax(log_p_RV.double() / temperature_R.double()[:, None], -1)
-    if top_p_R is not None or top_k_R is not None:
-        ordered, index = probability.sort(stable=True, dim=-1, descending=True)
-        if top_k_R is not None:
-            place_V = torch.arange(ordered.shape[1], device=ordered.device)
-            ordered = ordered.masked_fill((place_V >= top_k_R[:, None]) & (top_k_R > 0)[:, None], 0)
-        if top_p_R is not None:
-            before = ordered.cumsum(-1) - ordered
-            limit = top_p_R.double()[:, None] * ordered.sum(-1, keepdim=True)
-            ordered = ordered.masked_fill((before >= limit) & (top_p_R < 1)[:, None], 0)
-        probability = torch.zeros_like(probability).scatter_(1, index, ordered)
-    cumulative = probability.cumsum(-1)
-    point = uniform_R.double()[:, None] * cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, point, right=True).squeeze(1)
-    # Rounding may put the point beyond the last token of positive probability.
-    last = probability.shape[1] - 1 - (probability > 0).flip(1).long().argmax(-1)
-    return torch.minimum(token, last)

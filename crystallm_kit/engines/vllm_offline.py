@@ -5,8 +5,8 @@
 
 Constraints, beginnings, temperatures and draws are those of the `transformers` engine, applied beside the
 model (vllm_constraint.py): the same seed gives the same samples, up to rounding of the logits, and
-log-probabilities are those of the distribution that tokens were drawn from, before temperature. Beginnings are
-written token by token.
+log-probabilities are those of the distribution that tokens were drawn from, before temperature. Beginnings
+are written token by token.
 
 A base LLM's own tokenizer takes the grammar of its text format instead, through vLLM's structured outputs
 with the guidance backend: xgrammar, vLLM's usual one, counts in characters and may end where no token goes
@@ -153,12 +153,13 @@ class VllmEngine:
         ]
         for start in range(0, len(prompts), self._piece):
             piece = slice(start, start + self._piece)
+            adapters = [self._lora(p.adapter) for p in prompts[piece]] if self._adapters else None
             with _served(self.folder):
                 try:
                     outputs = self._llm.generate(
                         [{"prompt_token_ids": prompt_ids} for prompt_ids in ids[piece]],
                         params[piece],
-                        lora_request=[self._lora(p.adapter) for p in prompts[piece]] if self._adapters else None,
+                        lora_request=adapters,
                         use_tqdm=False,
                     )
                 except ValueError as error:
