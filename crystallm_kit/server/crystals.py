@@ -104,6 +104,9 @@ class CrystalsRequest(Body):
         description="How often cell and coordinates that do not fit are drawn again; left out: 3.",
     )
     stream: bool | None = Field(None, description="Send each crystal as it passes, as server-sent events.")
+    log_probability: bool | None = Field(
+        None, description="Send each crystal's; false is faster on a vLLM server. Left out: true."
+    )
     include_invalid: bool | None = Field(
         None, description="Send samples that are not valid, too, with their reason; they do not count."
     )
@@ -265,6 +268,7 @@ def wanted_crystals(
         unique=body.unique is not False,
         redraws=REDRAWS if body.redraws is None else body.redraws,
         include_invalid=bool(body.include_invalid),
+        with_log_probability=body.log_probability is not False,
     )
     return Asked(wanted, understood, model)
 

@@ -24,8 +24,9 @@ import contextlib
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import orjson
@@ -64,6 +65,7 @@ class Wanted:
         unique: Whether copies of an earlier valid crystal do not count.
         redraws: How often the numbers of one sample are drawn again.
         include_invalid: Whether samples that are not valid are found too.
+        with_log_probability: Whether each comes with it; vLLM draws faster without.
     """
 
     conditions: Conditions
@@ -78,6 +80,7 @@ class Wanted:
     unique: bool = True
     redraws: int = 3
     include_invalid: bool = False
+    with_log_probability: bool = True
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,8 @@ class _Search:
     def __init__(self, state: ServerState, wanted: Wanted) -> None:
         self.state, self.wanted = state, wanted
         self.place: Place | None = None
-        self.width = max(1, 2 * state.settings.slots)  # completions asked for at once
+        # Asked for at once: enough that no slot waits for us, few enough that a redraw waits little.
+        self.width = math.ceil(1.25 * state.settings.slots)
         self.n_drawn = 0  # samples asked for: the number of the next one
         self.n_decided = 0  # samples decided: the number of the first that is not
         self.n_valid = 0
@@ -138,6 +142,10 @@ class _Search:
         self.tally = Tally()
         self.copies = _Copies(state, wanted)
         self._prompts = _Prompts(state, wanted)
+        # Backends leave the text of an end token out, where the model has one.
+        self._end_id, self._end = state.tokenizer.eos_token_id, ""
+        if state.tokenizer.eos_token == wanted.judging.representation.alphabet().end:
+            self._end = str(state.tokenizer.eos_token or "")
         self._arrivals: asyncio.Queue[Any] = asyncio.Queue()
         self._to_judge: list[Item] = []
         self._to_redraw: list[tuple[int, int, str]] = []  # number, attempt, text that is kept
@@ -195,7 +203,7 @@ class _Search:
 
     def _start_wave(self, asks: Sequence[Ask], numbers: Sequence[int], attempt: int) -> None:
         self.n_in_backend += len(numbers)
-        self._start(self._wave(asks, attempt))
+        self._start(lambda: self._wave(asks, attempt))
 
     async def _wave(self, asks: Sequence[Ask], attempt: int) -> None:
         completions = self.state.backend.completions(asks)
@@ -205,12 +213,12 @@ class _Search:
                 number = ask.first_index if ask.n == 1 else completion.index
                 self._arrivals.put_nowait((number, attempt, completion))
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Callable[[], Awaitable[None]]) -> None:
         """Run something beside the loop; what it raises arrives there."""
 
         async def told() -> None:
             try:
-                await work
+                await work()
             except Exception as error:  # noqa: BLE001 - raised in the loop
                 self._arrivals.put_nowait(error)
 
@@ -253,9 +261,12 @@ class _Search:
         self._n_tokens[number] = self._n_tokens.get(number, 0) + n_tokens
         self.state.metrics.count_tokens(completion=n_tokens)
         self.state.metrics.completions.labels(completion.stop_reason).inc()
+        text = completion.text
+        if completion.token_ids[-1:] == (self._end_id,) and not text.endswith(self._end):
+            text += self._end
         self._to_judge.append(
             Item(
-                number, attempt, completion.prompt, completion.text, completion.stop_reason,
+                number, attempt, completion.prompt, text, completion.stop_reason,
                 completion.log_probability,
             )
         )  # fmt: skip
@@ -268,7 +279,7 @@ class _Search:
             n = min(BATCH, share)
             items, self._to_judge = tuple(self._to_judge[:n]), self._to_judge[n:]
             self._n_judging += 1
-            self._start(self._judged_by(items))
+            self._start(partial(self._judged_by, items))
 
     async def _judged_by(self, items: tuple[Item, ...]) -> None:
         wanted = self.wanted
@@ -304,7 +315,7 @@ class _Search:
             yield from self._told(_Decided(ready, known))
             return
         self._is_deciding = True
-        self._start(self._compared(ready))
+        self._start(lambda: self._compared(ready))
 
     async def _compared(self, ready: list[Judged]) -> None:
         self._arrivals.put_nowait(_Decided(ready, await self.copies.compared(ready)))
@@ -428,6 +439,7 @@ class _Prompts:
             sampling=dataclasses.replace(sampling, max_new_tokens=n_new),
             n=n,
             first_index=first,
+            n_top=0 if wanted.with_log_probability else None,
             is_seeded=wanted.is_seeded,
         )
 
