@@ -43,7 +43,7 @@ _POSITIONS = 4096  # of a model whose server does not say
 # Left out where a server refuses them; a sample is then not what it would be, but still a sample.
 _OPTIONAL = frozenset(
     (
-        "logprobs", "seed", "top_k", "n", "stop", "return_token_ids", "min_p", "repetition_penalty",
+        "logprobs", "seed", "top_k", "stop", "return_token_ids", "min_p", "repetition_penalty",
         "include_stop_str_in_output", "skip_special_tokens", "spaces_between_special_tokens",
         "structured_outputs",
     )
@@ -111,6 +111,7 @@ class OpenAIEngine:
         self._client = OpenAI(
             base_url=self.url, api_key=self._key or "none", max_retries=retries, timeout=timeout
         )
+        self._at_once = SAMPLES_PER_REQUEST
         self._refused: set[str] = set()
         self._noticing = threading.Lock()
 
@@ -201,9 +202,14 @@ class OpenAIEngine:
         wire, model = self._wire, call.prompt.adapter or self.served_name
         done: list[Completion] = []
         while len(done) < len(call.rows):
-            missing = call.rows[len(done) :]
+            at_once = self._at_once
+            missing = call.rows[len(done) :][:at_once]
             body = wire.body(call.prompt, sampling, model=model, n=len(missing), seed=call.seed + len(done))
-            choices = self._choices(body, "/chat/completions" if wire.is_chat else "/completions")
+            try:
+                choices = self._choices(body, "/chat/completions" if wire.is_chat else "/completions")
+            except _TooMany:
+                self._at_once = max(1, at_once // 2)
+                continue
             done += [
                 wire.completion(choice, call.prompt, sampling, index=row)
                 for choice, row in zip(choices, missing, strict=False)
@@ -308,6 +314,8 @@ class OpenAIEngine:
                 answer = self._client.post(route, cast_to=object, body=sent)
             except openai.APIStatusError as error:
                 field = _refused_field(error, sent) if error.status_code in (400, 422) else ""
+                if field == "n" and sent["n"] > 1:
+                    raise _TooMany from error
                 if not field:
                     raise self._told(error) from error
                 self._leave_out(field)
@@ -365,6 +373,10 @@ class _Refused(UserError):
         self.status = status
 
 
+class _TooMany(Exception):
+    """So many completions of one prompt are refused; fewer may be taken."""
+
+
 def _base_url(url: str) -> str:
     """Return the URL of the routes. Raises UserError."""
     parts = urlsplit(url.strip())
@@ -386,6 +398,7 @@ def _refused_field(error: Any, sent: Mapping[str, Any]) -> str:
     if "max_tokens" in sent and "max_completion_tokens" in said:
         return "max_tokens"
     offered = [key for key in sent if key in _OPTIONAL]
+    offered += ["n"] * ("n" in sent)
     # what says nothing but the default
     offered += [key for key in ("temperature", "top_p") if sent.get(key) == 1.0]
     if error.param in offered:

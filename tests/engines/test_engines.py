@@ -1,4 +1,4 @@
-"""What every engine of the table owes, on a toy Llama with random weights."""
+"""The table of engines, and the transformers engine, on a toy Llama with random weights."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from transformers.generation.logits_process import (
 )
 
 from crystallm_kit.engines.drawing import draw
-from crystallm_kit.engines.engine import ENGINES, Prompt, Sampling, ScriptedEngine, engine
+from crystallm_kit.engines.engine import Prompt, Sampling, ScriptedEngine, engine
 from crystallm_kit.engines.transformers_local import TransformersEngine
 from crystallm_kit.errors import ImpossibleRequest, UnknownName, UserError
 from crystallm_kit.records import Conditions
@@ -69,37 +69,7 @@ def mixed_prompts(n: int = 24) -> list[Prompt]:
 SAMPLING = Sampling(max_new_tokens=60, seed=7)
 
 
-# Every engine
-
-
-@pytest.fixture(params=sorted(ENGINES))
-def any_engine(request, local):
-    if request.param == "scripted":
-        return engine(
-            "scripted", {p.text: ["Na1 Cl1 225\nNa a\nCl b\n5.64 end", "cut"] for p in mixed_prompts()}
-        )
-    if request.param == "transformers":
-        return engine("transformers", local.model, local.tokenizer, batch_size=50, device="cpu")
-    return pytest.skip(f"engine {request.param} needs more than this machine; its own tests cover it")
-
-
-def test_there_is_one_completion_for_each_prompt_in_order(any_engine):
-    completions = list(any_engine.complete(mixed_prompts(), SAMPLING))
-    assert [c.prompt for c in completions] == [p.text for p in mixed_prompts()]
-    assert [c.index for c in completions] == list(range(24))
-    assert {c.seed for c in completions} == {7}
-    assert {c.stop_reason for c in completions} <= {"stop", "length"}
-
-
-def test_the_same_seed_gives_the_same_completions(any_engine):
-    one, other = (list(any_engine.complete(mixed_prompts(), SAMPLING)) for _ in range(2))
-    assert [(c.text, c.token_ids, c.stop_reason) for c in one] == [
-        (c.text, c.token_ids, c.stop_reason) for c in other
-    ]
-
-
-def test_nothing_asked_is_nothing_answered(any_engine):
-    assert list(any_engine.complete([], SAMPLING)) == []
+# The table
 
 
 def test_an_unknown_engine_is_refused_with_the_nearest():
