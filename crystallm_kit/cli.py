@@ -4,6 +4,7 @@
     crystallm-kit prepare mp.parquet --out corpus
     crystallm-kit train finetune/llama-scratch-wyckoff-mp.yaml --set data.corpus=corpus
     crystallm-kit encode POSCAR | crystallm-kit decode - --out again.cif
+    crystallm-kit serve --port 8000
 
 Results go to standard output; progress, notes and errors to standard error. With --json, standard output
 holds one JSON document and nothing else. Exit code 0: done; 2: the request or the input is wrong, said in one
@@ -74,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     verbs = parser.add_subparsers(title="verbs", dest="verb", metavar="VERB", required=True)
     _add_generation_verbs(verbs)
+    _add_serve_verb(verbs)
     _add_structure_verbs(verbs)
     _add_model_verbs(verbs)
     return parser
@@ -128,6 +130,70 @@ def _add_generation_verbs(verbs: Any) -> None:
     infill.add_argument("--top", type=int, default=10, metavar="N", help="show so many (default: 10)")
     _model_options(infill)
     infill.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _add_serve_verb(verbs: Any) -> None:
+    serve = _verb(verbs, "serve", "a model behind HTTP: OpenAI's routes, /v1/crystals, a page")
+    model = serve.add_argument_group("what is served")
+    model.add_argument(
+        "--model", metavar="PATH",
+        help="a model's or adapter's folder, or its Hugging Face id (default: the shipped model)",
+    )  # fmt: skip
+    model.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=PATH",
+        help="an adapter's folder or Hugging Face id, asked for by NAME; or one of the shipped model's: "
+        "bulk-modulus; may be repeated",
+    )  # fmt: skip
+    model.add_argument("--adapter-folder", type=Path, metavar="DIR", help="every adapter in it, by its name")
+    model.add_argument("--name", metavar="NAME", help="the model's name in requests (default: its folder's)")
+    model.add_argument("--template", metavar="NAME", help="prompt template of a model without manifest.json")
+    model.add_argument("--text-format", metavar="NAME", help="text format of such a model")
+    engine = serve.add_argument_group("where it runs (default: vllm with a GPU and vLLM, else transformers)")
+    engine.add_argument(
+        "--engine", metavar="NAME", help="transformers, in this process; vllm, in servers that are kept here"
+    )
+    engine.add_argument("--device", metavar="NAME", help="cuda or cpu, of transformers (default: the GPU)")
+    engine.add_argument(
+        "--engines", type=int, default=1, metavar="K",
+        help="vLLM servers, spread over the GPUs; a small model is faster with several on each (default: 1)",
+    )  # fmt: skip
+    engine.add_argument(
+        "--vllm-args", metavar="TEXT", help='for every vllm serve, such as "--tensor-parallel-size 2"'
+    )
+    engine.add_argument(
+        "--kv-cache-gb", type=float, metavar="GB",
+        help="memory of each engine for keys and values; with it they start at once, not one by one",
+    )  # fmt: skip
+    engine.add_argument("--vllm-python", metavar="PATH", help="the Python that has vLLM (default: this one)")
+    engine.add_argument(
+        "--state-folder", type=Path, metavar="DIR",
+        help="for the engines' logs (default: crystallm-kit in XDG_STATE_HOME or ~/.local/state)",
+    )  # fmt: skip
+    engine.add_argument(
+        "--upstream", action="append", default=[], metavar="URL",
+        help="a vLLM server that runs elsewhere, in place of all these; may be repeated",
+    )  # fmt: skip
+    engine.add_argument("--upstream-key-file", type=Path, metavar="FILE", help="its first line is their key")
+    door = serve.add_argument_group("who comes in, and how much they may ask")
+    door.add_argument(
+        "--host", default="127.0.0.1", metavar="HOST", help="(default: 127.0.0.1, this machine)"
+    )
+    door.add_argument("--port", type=int, default=8000, metavar="N", help="0: a free one (default: 8000)")
+    door.add_argument("--api-key-file", type=Path, metavar="FILE", help="keys that are let in, one a line")
+    door.add_argument(
+        "--allow-public-without-key", action="store_true", help="listen for others without asking for a key"
+    )
+    for name, what, unit in (
+        ("max-queue", "completions that may wait (4096); beyond, 429", "N"),
+        ("max-n", "most completions of a prompt, and most crystals of a request (1000)", "N"),
+        ("max-samples", "most samples that are drawn for one request's crystals (10000)", "N"),
+        ("max-body-bytes", "longest request (1000000)", "N"),
+        ("slots", "completions drawn at once in this process (64, on a GPU 1024)", "N"),
+    ):
+        door.add_argument(f"--{name}", type=int, metavar=unit, help=what)
+    door.add_argument(
+        "--drain-seconds", type=float, metavar="S", help="how long requests may go on after SIGTERM (30)"
+    )
 
 
 def _add_structure_verbs(verbs: Any) -> None:

@@ -8,6 +8,7 @@ generation (results.py).
 """
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crystallm_kit.errors import EncodeError, ParseError, UnknownName, UserError
+from crystallm_kit.errors import EncodeError, MissingExtra, ParseError, UnknownName, UserError
 from crystallm_kit.records import Conditions, Crystal, Sample, Verdict
 
 if TYPE_CHECKING:
@@ -83,6 +84,36 @@ def infill(options: argparse.Namespace) -> int:
     for symbol, probability in ranked[: options.top]:
         print(f"{symbol:<3} {probability:8.4f}")
     return 0
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serve a model over HTTP until a signal comes."""
+    for library in ("fastapi", "uvicorn", "httpx", "prometheus_client"):
+        if importlib.util.find_spec(library) is None:
+            raise MissingExtra.of("serve", library, "serve")
+    if options.model is None or (Path(options.model) / "config.json").exists():
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from crystallm_kit.server.run import serve
+    from crystallm_kit.server.serving import Serving
+    from crystallm_kit.server.state import ServerSettings
+    from crystallm_kit.server.vllm_jobs import split_arguments
+
+    limits = ("max_queue", "max_n", "max_samples", "max_body_bytes", "slots", "drain_seconds")
+    settings = ServerSettings(
+        host=options.host, port=options.port, api_key_file=options.api_key_file,
+        **{name: getattr(options, name) for name in limits if getattr(options, name) is not None},
+    )  # fmt: skip
+    state = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "crystallm-kit"
+    what = Serving(
+        model=options.model, name=options.name, adapters=tuple(options.adapter),
+        adapter_folder=options.adapter_folder, template=options.template, text_format=options.text_format,
+        engine=options.engine, device=options.device, upstream=tuple(options.upstream),
+        upstream_key=_key(options.upstream_key_file, "--upstream-key-file"), engines=options.engines,
+        vllm_arguments=tuple(split_arguments(options.vllm_args)), vllm_python=options.vllm_python,
+        kv_cache_gb=options.kv_cache_gb,
+        state_folder=options.state_folder or state / f"serve-{options.port}",
+    )  # fmt: skip
+    return serve(what, settings, allow_public_without_key=options.allow_public_without_key)
 
 
 def validate(options: argparse.Namespace) -> int:
@@ -360,15 +391,21 @@ def _model(options: argparse.Namespace) -> "Model":
 def _server(options: argparse.Namespace) -> dict[str, Any]:
     """Return where the model runs; an address alone says that it is a server."""
     engine = options.engine or ("transformers" if options.url is None else "openai")
-    key = ""
-    if options.api_key_file is not None:
-        try:
-            key = options.api_key_file.read_text(encoding="utf-8").partition("\n")[0].strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--api-key-file {options.api_key_file}: cannot be read") from error
-        if not key:
-            raise UserError(f"--api-key-file {options.api_key_file}: its first line is empty")
+    key = _key(options.api_key_file, "--api-key-file")
     return {"engine": engine, "url": options.url, "served_name": options.served_model, "api_key": key}
+
+
+def _key(file: Path | None, option: str) -> str:
+    """Return the first line of a key's file; "" without one. Raises UserError; it never holds the key."""
+    if file is None:
+        return ""
+    try:
+        key = file.read_text(encoding="utf-8").partition("\n")[0].strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{option} {file}: cannot be read") from error
+    if not key:
+        raise UserError(f"{option} {file}: its first line is empty")
+    return key
 
 
 def _tell_of_adapters(options: argparse.Namespace, conditions: Conditions) -> None:

@@ -51,7 +51,7 @@ class Serving:
         engine: "transformers" or "vllm"; None: vllm where it is installed and there is a GPU.
         upstream: Addresses of vLLM servers; they hold the model, and only its folder's manifest and
             tokenizer are read here.
-        upstream_key: Sent to them.
+        upstream_key: Sent to them; "": none.
         engines: vLLM servers that are started for the model; those of one GPU share it.
         vllm_arguments: For each `vllm serve`.
         vllm_python: The Python that has vLLM; None: this one.
@@ -68,7 +68,7 @@ class Serving:
     text_format: str | None = None
     engine: str | None = None
     upstream: tuple[str, ...] = ()
-    upstream_key: str | None = None
+    upstream_key: str = ""
     engines: int = 1
     vllm_arguments: tuple[str, ...] = ()
     vllm_python: str | None = None
@@ -210,6 +210,7 @@ def _behind_others(what: Serving, settings: ServerSettings, adapters: Mapping[st
         adapters=tuple(adapters) or None,
         takes_requests=_takes_requests(model, engine),
         api_key=what.upstream_key,
+        start_seconds=None,
     )
     slots = max(settings.slots, 1024 * len(what.upstream))
     described = f"{len(what.upstream)} vLLM server{'s' if len(what.upstream) > 1 else ''} upstream"

@@ -18,7 +18,7 @@ class SupervisedBackend(UpstreamBackend):
         self.supervisor = supervisor
         self._is_kept = False
 
-    async def start(self, *, wait_seconds: float = 60.0) -> None:
+    async def start(self) -> None:
         """Start the servers; return when the first can be asked. Started twice is started once.
 
         Raises:
@@ -27,7 +27,7 @@ class SupervisedBackend(UpstreamBackend):
         if not self._is_kept:
             await self.supervisor.start()
             self._is_kept = True
-        await super().start(wait_seconds=wait_seconds)
+        await super().start()
 
     async def close(self) -> None:
         """Close all connections and stop the servers."""

@@ -89,6 +89,8 @@ class UpstreamBackend:
         per_call: Completions asked for in one HTTP request.
         check_seconds: How often each server is asked whether it is well.
         answer_seconds: How long a server may take for its next byte.
+        start_seconds: How long `start` waits for the first server; None: not at all, and nothing is ready
+            until one answers.
         n_connections: To all servers together.
     """
 
@@ -105,6 +107,7 @@ class UpstreamBackend:
         per_call: int = 64,
         check_seconds: float = 2.0,
         answer_seconds: float = 600.0,
+        start_seconds: float | None = 30.0,
         n_connections: int = 1024,
     ) -> None:
         if not urls:
@@ -117,6 +120,7 @@ class UpstreamBackend:
         self.per_call = per_call
         self.servers = [Server(_address(url)) for url in urls]
         self._check_seconds = check_seconds
+        self._start_seconds = start_seconds
         self._limits = httpx.Limits(
             max_connections=n_connections,
             max_keepalive_connections=n_connections,
@@ -146,11 +150,11 @@ class UpstreamBackend:
 
     # Life
 
-    async def start(self, *, wait_seconds: float = 30.0) -> None:
+    async def start(self) -> None:
         """Wait until a server is well, and watch them all from then on. Started twice is started once.
 
         Raises:
-            NotReady: If none is within `wait_seconds`.
+            NotReady: If none is in time.
         """
         if self._watchers:
             return
@@ -158,7 +162,9 @@ class UpstreamBackend:
             limits=self._limits, timeout=self._timeout, headers=self._headers, trust_env=False
         )
         self._watchers = [asyncio.create_task(self._watch(server)) for server in self.servers]
-        deadline = asyncio.get_running_loop().time() + wait_seconds
+        if self._start_seconds is None:
+            return
+        deadline = asyncio.get_running_loop().time() + self._start_seconds
         while not self.is_ready():
             if asyncio.get_running_loop().time() > deadline:
                 said = self._failures()

@@ -298,9 +298,20 @@ def test_without_a_healthy_server_nothing_is_ready(stand_ins, wire):
             await until(lambda: not backend.is_ready())
             with pytest.raises(NotReady, match="no engine is ready"):
                 await all_of(backend, [told(0)])
-        silent = UpstreamBackend([f"http://127.0.0.1:{free_ports(1)[0]}"], wire, model_name="toy")
+        nowhere = [f"http://127.0.0.1:{free_ports(1)[0]}"]
         with pytest.raises(NotReady, match="no upstream server answers"):
-            await silent.start(wait_seconds=0.3)
+            await UpstreamBackend(nowhere, wire, model_name="toy", start_seconds=0.3).start()
+
+    asyncio.run(story())
+
+
+def test_a_front_that_does_not_wait_is_ready_once_a_server_is(stand_ins, wire):
+    async def story():
+        port = free_ports(1)[0]
+        async with open_backend([f"http://127.0.0.1:{port}"], wire, start_seconds=None) as backend:
+            assert not backend.is_ready()
+            stand_ins.start(port=port)
+            await until(backend.is_ready)
 
     asyncio.run(story())
 
@@ -422,7 +433,7 @@ def test_the_key_is_sent(stand_ins, wire, monkeypatch):
         async with open_backend([url], wire, api_key="right") as backend:
             assert len(await all_of(backend, [told(0)])) == 1
         with pytest.raises(NotReady, match="401"):
-            await UpstreamBackend([url], wire, model_name="toy", api_key="wrong").start(wait_seconds=1.0)
+            await UpstreamBackend([url], wire, model_name="toy", api_key="wrong", start_seconds=1.0).start()
 
     asyncio.run(story())
 
