@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
 from crystallm_kit.errors import CrystallmKitError
-from crystallm_kit.server import crystals, openai_routes, page
+from crystallm_kit.server import chat, crystals, openai_routes, page
 from crystallm_kit.server.backend import NotReady
 from crystallm_kit.server.docs_page import docs_page
 from crystallm_kit.server.failures import failure_of
@@ -56,6 +56,7 @@ def create_app(state: ServerState) -> FastAPI:
         app.add_exception_handler(kind, _on_error)
     app.include_router(router)
     app.include_router(openai_routes.router)
+    app.include_router(chat.router)
     app.include_router(crystals.router)
     page.mount(app)
     app.openapi = lambda: _document(app, state)  # type: ignore[method-assign]
@@ -135,6 +136,7 @@ def _document(app: FastAPI, state: ServerState) -> dict[str, Any]:
             for form in field.get("anyOf", [field]) if field else ():
                 if form.get("type") == "integer" and "minimum" in form:
                     form["maximum"] = settings.max_n
+                    form.pop("exclusiveMaximum", None)
         if state.keys:
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
             for path, operations in document["paths"].items():

@@ -92,7 +92,7 @@ def _kind(schema: Mapping[str, Any], document: Mapping[str, Any]) -> str:
     words = {"integer": "whole number", "string": "text", "boolean": "true or false", "object": "object"}
     low = schema.get("minimum", schema.get("exclusiveMinimum"))
     high = schema.get("maximum", schema.get("exclusiveMaximum"))
-    bounds = [f"from {low}" if low is not None else "", f"to {high}" if high is not None else ""]
+    bounds = [f"from {low:.15g}" if low is not None else "", f"to {high:.15g}" if high is not None else ""]
     inside = ", ".join(f"{name}: {_kind(f, document)}" for name, f in schema.get("properties", {}).items())
     told = " ".join(filter(None, [words.get(kind, kind), *bounds]))
     return f"{told} {{{inside}}}" if inside else told

@@ -25,6 +25,11 @@ from crystallm_kit.server.admission import Overloaded
 from crystallm_kit.server.backend import BackendError, NotReady
 
 _SHOWN = 60  # characters of a wrong value that a message repeats
+# Fields that may have several forms, each of which has something to complain about.
+_FORMS = {
+    "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
+    "stop": "a text of 1 to 256 characters, or a list of at most 16 such texts",
+}
 _CODES = {
     401: "invalid_api_key",
     404: "not_found",
@@ -125,11 +130,9 @@ def _invalid(errors: Sequence[Any]) -> Failure:
         path = [part for part in error["loc"] if part not in ("body", "query", "path")]
         # the parts after the field's name are alternatives of its type, and positions in it
         name = str(path[0]) if path else "body"
+        if name in _FORMS and len(errors) > 1:
+            told[name] = f"{name}: expected {_FORMS[name]}"
         if name in told:
-            if name == "prompt":
-                told[name] = (
-                    "prompt: expected a text, a list of texts, a list of token ids, or a list of such lists"
-                )
             continue
         told[name] = f"{'.'.join(map(str, path[:4])) or 'body'}: {_said(error)}"
     first = next((name for name in told if name != "body"), None)
@@ -146,7 +149,10 @@ def _said(error: Mapping[str, Any]) -> str:
         return "expected a JSON object, sent with Content-Type: application/json"
     if kind == "value_error":
         return str(context.get("error", error["msg"]))
-    got = repr(error.get("input"))
+    try:
+        got = repr(error.get("input"))
+    except ValueError:  # a number of more digits than Python writes
+        got = "a number of thousands of digits"
     got = got if len(got) <= _SHOWN else got[:_SHOWN] + "..."
     said = str(error["msg"])
     return f"got {got}; {said[:1].lower()}{said[1:]}"

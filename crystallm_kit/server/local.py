@@ -278,8 +278,12 @@ class _Growth:
         return self.is_done
 
     def end(self, completion: Completion) -> None:
-        """Take the whole completion from the engine; its text is the last word."""
+        """Take the whole completion from the engine; its text is the last word, where it goes on from ours.
+
+        Bytes that are no character read differently one by one and together; what was shown stays.
+        """
         text = self.texts.without_end(completion)
+        text = text if text.startswith(self._text[: self._n_shown]) else self._text
         self._text = text
         self.is_done = True
         self._completion = Completion(

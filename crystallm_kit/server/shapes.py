@@ -151,7 +151,7 @@ class DrawingFields(Body):
     model: str | None = Field(
         None, max_length=LONGEST_NAME, description="A name of /v1/models; left out: the model itself."
     )
-    n: int | None = Field(None, ge=1, description="Completions of each prompt; left out: 1.")
+    n: int | None = Field(None, ge=1, lt=2**31, description="Completions of each prompt; left out: 1.")
     temperature: float | None = Field(
         None, ge=0, le=100, description="Left out: the model's own; 0 takes the likeliest token."
     )
@@ -183,7 +183,7 @@ class CompletionRequest(DrawingFields):
         description="A text, a list of texts, a list of token ids, or a list of such lists. May be left out "
         "where `conditions` are given: the model's template writes it.",
     )
-    best_of: int | None = Field(None, ge=1, description="Only equal to n.")
+    best_of: int | None = Field(None, ge=1, lt=2**31, description="Only equal to n.")
     echo: bool | None = Field(None, description="Put the prompt before each completion.")
     logprobs: int | None = Field(
         None, ge=0, le=5, description="Log-probabilities of the tokens, and of so many likeliest ones."

@@ -89,6 +89,18 @@ def new_local_state(shipped: Any, **settings: Any) -> Any:
     return new_state(backend, shipped, shipped.engine.tokenizer, chosen)
 
 
+@pytest.fixture(scope="session")
+def make_state(shipped) -> Any:
+    """Return a function from settings (those of ServerSettings) to a state over the shipped model."""
+    return lambda **settings: new_local_state(shipped, **settings)
+
+
+@pytest.fixture(scope="session")
+def serve_app() -> Any:
+    """Return run_app: a context manager that serves an app on a free port."""
+    return run_app
+
+
 @pytest.fixture(scope="module")
 def live_server(local_state) -> Iterator[LiveServer]:
     """Return a running server over the shipped model; one for each module of tests."""
