@@ -15,6 +15,7 @@ from crystallm_kit.scores.funnel import STAGES
 from crystallm_kit.scores.validity import validate
 
 ROUTE = "/v1/crystals"
+SMALL = {"elements": "Na-Cl", "sites": 2}  # few tokens, so quickly drawn
 
 
 @pytest.fixture(scope="module")
@@ -77,28 +78,29 @@ def test_every_crystal_is_valid_and_as_asked(client):
 
 
 def test_the_funnel_counts_the_samples_up_to_the_last_that_was_needed(client):
-    answer = ask(client, n=5, seed=4)
+    answer = ask(client, conditions={"n_elements": 2, "sites": 2}, n=5, seed=4)
     funnel, last = answer["funnel"], answer["crystals"][-1]["index"]
     assert funnel["requested"] == answer["usage"]["n_samples"] == last + 1
     assert funnel["unique"] == 5
     assert sum(funnel["reasons"].values()) == funnel["requested"] - 5
     usage = answer["usage"]
     assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
-    assert usage["completion_tokens"] > 5 * 15
+    assert usage["completion_tokens"] > 5 * 8
 
 
 def test_the_same_seed_gives_the_same_crystals_whatever_else_runs(client):
-    alone = ask(client, n=4, seed=9)
+    body = {"conditions": {"sites": 3}, "n": 4, "seed": 9}
+    alone = ask(client, **body)
     with ThreadPoolExecutor(4) as pool:
-        others = [pool.submit(ask, client, n=2, seed=100 + i) for i in range(3)]
-        again = ask(client, n=4, seed=9)
+        others = [pool.submit(ask, client, conditions=SMALL, n=2, seed=100 + i) for i in range(3)]
+        again = ask(client, **body)
         assert all(len(other.result()["crystals"]) == 2 for other in others)
     assert [c["text"] for c in again["crystals"]] == [c["text"] for c in alone["crystals"]]
     assert again["funnel"] == alone["funnel"]
 
 
 def test_without_a_seed_two_answers_differ_and_say_their_seeds(client):
-    first, second = ask(client, n=2), ask(client, n=2)
+    first, second = (ask(client, conditions={"sites": 2}, n=2) for _ in range(2))
     assert first["seed"] != second["seed"]
     assert [c["text"] for c in first["crystals"]] != [c["text"] for c in second["crystals"]]
 
@@ -138,9 +140,15 @@ def test_copies_count_as_duplicates_unless_they_are_wanted(client):
 
 
 def test_numbers_that_do_not_fit_are_drawn_again_without_counting_twice(client):
-    body = {"n": 30, "max_samples": 30, "seed": 6, "include_invalid": True}
+    body = {
+        "conditions": {"spacegroup": 12, "sites": 6},
+        "n": 20,
+        "max_samples": 20,
+        "seed": 6,
+        "include_invalid": True,
+    }
     before, after = ask(client, **body, redraws=0), ask(client, **body, redraws=3)
-    assert before["funnel"]["requested"] == after["funnel"]["requested"] == 30
+    assert before["funnel"]["requested"] == after["funnel"]["requested"] == 20
     assert after["funnel"]["unique"] > before["funnel"]["unique"]
     mended = 0
     for old, new in zip(before["crystals"], after["crystals"], strict=True):
@@ -160,7 +168,7 @@ def test_structures_come_in_the_format_asked_for(client, form):
 
 
 def test_a_stream_holds_what_the_whole_answer_does(client):
-    body = {"prompt": "two oxides of barium", "n": 2, "seed": 11}
+    body = {"prompt": "two oxides of barium with 2 atoms", "unique": False, "n": 2, "seed": 11}
     whole, events = ask(client, **body), events_of(client, **body)
     assert [name for name, _ in events] == ["request", "crystal", "crystal", "funnel", ""]
     streamed = [data for name, data in events if name == "crystal"]
@@ -264,7 +272,9 @@ def test_an_unknown_model_is_not_found(client):
 
 
 def test_a_client_that_leaves_a_stream_ends_its_work(client, live_server):
-    with client.stream("POST", ROUTE, json={"n": 100, "stream": True, "seed": 1}) as answer:
+    with client.stream(
+        "POST", ROUTE, json={"n": 60, "stream": True, "conditions": {"sites": 3}, "unique": False}
+    ) as answer:
         assert next(answer.iter_text())
     assert idle(live_server)
 
@@ -282,7 +292,7 @@ def test_a_client_that_leaves_while_it_waits_ends_its_work(live_server):
 
 
 def test_what_was_drawn_ahead_is_given_up_when_enough_was_found(client, live_server):
-    assert len(ask(client, n=3)["crystals"]) == 3
+    assert len(ask(client, conditions={"sites": 2}, n=3)["crystals"]) == 3
     assert idle(live_server)
 
 
@@ -294,11 +304,11 @@ def test_the_metrics_count_every_decided_sample(client):
         )
 
     before = counted()
-    n_samples = ask(client, n=4)["usage"]["n_samples"]
+    n_samples = ask(client, conditions=SMALL, n=2)["usage"]["n_samples"]
     assert counted() - before == n_samples
 
 
 def test_stages_of_the_funnel_never_grow(client):
-    funnel = ask(client, n=4, max_samples=20)["funnel"]
+    funnel = ask(client, conditions=SMALL, n=4, max_samples=20)["funnel"]
     counts = [funnel[stage] for stage in STAGES]
     assert counts == sorted(counts, reverse=True)
