@@ -200,16 +200,21 @@ class OpenAIEngine:
     def _answer(self, call: _Call, sampling: Sampling) -> list[Completion]:
         """Return the completions of one call, asked for again where a server gives fewer than n at a time."""
         wire, model = self._wire, call.prompt.adapter or self.served_name
+        numbers_are_drawn = call.prompt.request is not None and sampling.number_temperature
+        is_greedy = sampling.temperature == 0 and not numbers_are_drawn
         done: list[Completion] = []
         while len(done) < len(call.rows):
             at_once = self._at_once
             missing = call.rows[len(done) :][:at_once]
-            body = wire.body(call.prompt, sampling, model=model, n=len(missing), seed=call.seed + len(done))
+            n = 1 if is_greedy else len(missing)  # all are the same then, and vLLM refuses more
+            body = wire.body(call.prompt, sampling, model=model, n=n, seed=call.seed + len(done))
             try:
                 choices = self._choices(body, "/chat/completions" if wire.is_chat else "/completions")
             except _TooMany:
                 self._at_once = max(1, at_once // 2)
                 continue
+            if is_greedy:
+                missing, choices = call.rows, [choices[0]] * len(call.rows)
             done += [
                 wire.completion(choice, call.prompt, sampling, index=row)
                 for choice, row in zip(choices, missing, strict=False)
@@ -345,6 +350,7 @@ class OpenAIEngine:
         import openai
 
         said = " ".join(str(getattr(error, "message", error)).split())[:300]
+        said = re.sub(r"^Error code: \d+ - ", "", said)
         if self._key:
             said = said.replace(self._key, "[key]")
         if isinstance(error, openai.APITimeoutError):

@@ -29,7 +29,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 from crystallm_kit.engines.engine import Prompt, Sampling
-from crystallm_kit.errors import UserError
+from crystallm_kit.errors import ImpossibleRequest, UserError
 from crystallm_kit.records import Completion, StopReason
 from crystallm_kit.text.representation import Alphabet, cut
 from crystallm_kit.tokens.requests import request_to_json
@@ -38,7 +38,6 @@ Kind = Literal["crystallm-kit", "vllm", "other"]
 # What the log-probabilities of a server are: of the model alone; of the model under the constraint, divided
 # by the temperature; unknown.
 LogMode = Literal["raw", "processed", "unknown"]
-_SMALLEST_TEMPERATURE = 1e-6  # as tokens are drawn in this process (transformers_local.py)
 _REASONS: dict[Any, StopReason] = {"stop": "stop", "length": "length"}
 
 
@@ -109,12 +108,19 @@ class Wire:
             prompt: What was asked.
             sampling: How.
             index: Position of the completion among those of the request.
+
+        Raises:
+            ImpossibleRequest: If a beginning is not what its prompt's request lets through.
         """
         message = choice.get("message")
         content = message.get("content") if isinstance(message, Mapping) else choice.get("text")
         text = content if isinstance(content, str) else ""
         reason = _REASONS.get(choice.get("finish_reason"), "error")
         is_appended = bool(prompt.beginning) and not self._is_forced(prompt)
+        if not is_appended and reason == "stop" and not text.startswith(prompt.beginning):
+            raise ImpossibleRequest(
+                f"beginning {prompt.beginning!r}: it leaves what was asked for, or nothing goes on from it."
+            )
         if reason == "stop":
             text += self._what_was_left_out(text)
         given = self._ids(prompt.beginning) if is_appended else ()
@@ -163,8 +169,8 @@ class Wire:
 
     def _temperature(self, prompt: Prompt, sampling: Sampling) -> float:
         """Return the temperature to ask for: at 0, vLLM would not draw numbers at theirs either."""
-        apart = prompt.request is not None and sampling.number_temperature is not None
-        return max(sampling.temperature, 0.01) if apart and self.kind == "vllm" else sampling.temperature
+        apart = prompt.request is not None and _has_own_numbers(sampling) and self.kind == "vllm"
+        return max(sampling.temperature, 0.01) if apart else sampling.temperature
 
     def _is_forced(self, prompt: Prompt) -> bool:
         """Tell whether the beginning is drawn by force, as part of the output, not appended to the prompt."""
@@ -191,7 +197,7 @@ class Wire:
         arguments: dict[str, Any] = {}
         if prompt.request is not None:
             arguments["crystal"] = request_to_json(prompt.request)
-            if sampling.number_temperature is not None:
+            if _has_own_numbers(sampling):
                 arguments["crystal_number_temperature"] = sampling.number_temperature
             ids = self._ids(prompt.beginning) or ()
             if ids and is_forced:
@@ -229,9 +235,9 @@ class Wire:
             return math.fsum(values)
         if self.log_mode == "raw":
             return math.fsum(values) if prompt.request is None else math.nan
-        if prompt.request is None or sampling.number_temperature is None:
+        if prompt.request is None or not _has_own_numbers(sampling):
             return math.fsum(values) * (sampling.temperature or 1.0)
-        if len(values) != len(ids):
+        if len(values) != len(ids) or not sampling.number_temperature:  # log p / 0 says nothing
             return math.nan
         return math.fsum(
             value * temperature
@@ -245,9 +251,14 @@ class Wire:
             text = self.alphabet.tokens[i] if self.alphabet is not None else ""
             in_numbers |= at_line_start and text[:1].isdigit()
             at_line_start = text.endswith("\n")
-            numbers = max(sampling.number_temperature or 0.0, _SMALLEST_TEMPERATURE)
+            numbers = sampling.number_temperature or 0.0
             found.append(numbers if in_numbers else max(sampling.temperature, 0.01))
         return found
+
+
+def _has_own_numbers(sampling: Sampling) -> bool:
+    """Tell whether tokens of numbers have a temperature of their own."""
+    return sampling.number_temperature not in (None, sampling.temperature)
 
 
 def _token_log_probabilities(given: Any) -> list[float] | None:

@@ -109,6 +109,19 @@ def test_a_constrained_completion_that_stops_is_what_was_asked_for(with_adapters
             assert counts["O"] == 3 * counts["Ba"] == 3 * counts["Ti"]
 
 
+@pytest.mark.parametrize("beginning", ["K", "Na2 ", "Na1 Cl1 225\nNa c\n", "Na1 Cl1 62\n"])
+def test_a_beginning_that_leaves_the_request_is_refused(with_adapters, beginning):
+    with pytest.raises(UserError, match=r"beginning|crystal_given"):
+        list(with_adapters.complete([Prompt(START, request=NACL), Prompt(START, beginning, NACL)], SAMPLING))
+
+
+def test_greedy_completions_are_all_the_same(with_adapters):
+    greedy = Sampling(temperature=0.0, max_new_tokens=60)
+    completions = list(with_adapters.complete([Prompt(START, request=PEROVSKITE)] * 5, greedy))
+    assert [c.index for c in completions] == list(range(5))
+    assert len({c.text for c in completions}) == 1
+
+
 def test_log_probabilities_are_those_of_the_transformers_engine(with_adapters, toy_model):
     """Of the same completions, under the same constraint, and before temperature."""
     model, tokenizer, _ = load_model_folder(toy_model)
