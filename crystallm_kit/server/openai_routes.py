@@ -72,7 +72,7 @@ def _card(name: str, state: ServerState) -> dict[str, Any]:
         "object": "model",
         "created": STARTED,
         "owned_by": "crystallm-kit",
-        "root": None if name == base else base,
+        "parent": None if name == base else base,
         "max_model_len": state.backend.max_positions,
     }
 

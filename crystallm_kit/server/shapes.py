@@ -251,7 +251,7 @@ class ModelCard(BaseModel):
     object: Literal["model"]
     created: int
     owned_by: str
-    root: str | None = Field(None, description="The model that an adapter changes.")
+    parent: str | None = Field(None, description="The model that an adapter changes.")
     max_model_len: int | None = Field(None, description="Tokens of prompt and completion together.")
 
 
