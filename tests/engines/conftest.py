@@ -93,7 +93,7 @@ class StandIn:
 
     Attributes:
         url: Where it is.
-        asked: (path, body, headers) of every request; the body of a GET is None.
+        asked: (path, body, headers in lower case) of every request; the body of a GET is None.
         rules: Path -> function from a body to (status, headers, JSON or text).
     """
 
@@ -121,7 +121,7 @@ def stand_in() -> Iterator[Callable[..., StandIn]]:
                 self.answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
             def answer(self, body: Any) -> None:
-                peer.asked.append((self.path, body, dict(self.headers)))
+                peer.asked.append((self.path, body, {k.lower(): v for k, v in self.headers.items()}))
                 rule = rules.get(self.path)
                 nothing = (404, {}, {"error": {"message": "Not Found"}})
                 status, headers, content = rule(body) if rule else nothing
