@@ -2,7 +2,7 @@
 
     state = new_state(backend, model, tokenizer, ServerSettings(port=8000))
     app = create_app(state)                     app.py
-    state = server_state(request)               in a route; as a dependency: `State`
+    async def route(state: State): ...          the same state in a route
 
 One ServerState belongs to one app and lives as long as it does. Nothing in it is global.
 
@@ -184,8 +184,11 @@ def new_state(
     )
 
 
-def server_state(request: HttpRequest) -> ServerState:
-    """Return the state of the app that a request came to."""
+async def server_state(request: HttpRequest) -> ServerState:
+    """Return the state of the app that a request came to.
+
+    A coroutine, because FastAPI would call a plain function in a thread, which costs more than all our own.
+    """
     state: ServerState = request.app.state.server
     return state
 
