@@ -182,6 +182,7 @@ class CompletionRequest(DrawingFields):
         None,
         description="A text, a list of texts, a list of token ids, or a list of such lists. May be left out "
         "where `conditions` are given: the model's template writes it.",
+        examples=["crystal\n"],
     )
     best_of: int | None = Field(None, ge=1, lt=2**31, description="Only equal to n.")
     echo: bool | None = Field(None, description="Put the prompt before each completion.")

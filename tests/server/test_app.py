@@ -1,6 +1,7 @@
 """The application as a whole: errors in one shape, what guards the door: tests of server/app.py, gate.py,
 failures.py, streaming.py, docs_page.py, state.py."""
 
+import asyncio
 import json
 import logging
 import re
@@ -8,12 +9,14 @@ import time
 
 import httpx
 import pytest
+from fastapi import Request
 from fastapi.testclient import TestClient
 
 from crystallm_kit.errors import UserError
 from crystallm_kit.server.app import create_app
 from crystallm_kit.server.failures import failure_of
 from crystallm_kit.server.state import ServerSettings
+from crystallm_kit.server.streaming import ClientGone, event_stream
 
 JSON = {"Content-Type": "application/json"}
 SECRET = "crystal\nSECRET-OF-THE-LAB"
@@ -135,10 +138,45 @@ def test_a_failure_within_a_stream_is_an_event_of_it(make_state, serve_app):
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")
-            state.backend.engine._slots.step = lambda *a, **k: 1 / 0
+            state.backend.engine._slots = None  # whatever is done next fails
             last = [line for line in lines if line][-1]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "backend_error"
-    assert "ZeroDivision" not in last
+    assert "NoneType" not in last
+
+
+def test_a_client_that_takes_nothing_for_too_long_is_taken_for_gone(make_state):
+    """Its socket is full: sending to it never ends. The stream is closed, and with it the work."""
+    state = make_state(stall_seconds=0.1)
+    closed = []
+
+    async def events():
+        try:
+            while True:
+                yield b"data: {}\n\n"
+        finally:
+            closed.append(True)
+
+    async def never(*_: object) -> dict[str, str]:
+        await asyncio.Event().wait()
+        return {}
+
+    async def check() -> None:
+        request = Request({"type": "http", "headers": []}, receive=never)
+        response = await event_stream(request, state, events())
+        sent = []
+
+        async def send(message: dict[str, object]) -> None:
+            sent.append(message)
+            if len(sent) == 5:
+                await never()
+
+        with pytest.raises(ClientGone):
+            await asyncio.wait_for(response({"type": "http"}, never, send), 5)
+        assert len(sent) == 5
+
+    asyncio.run(check())
+    assert closed == [True]
+    state.backend.engine.close()
 
 
 # ---------------------------------------------------------------- life
