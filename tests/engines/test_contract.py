@@ -32,7 +32,13 @@ def mixed_prompts(n: int = 24, *, steerable: bool = True) -> list[Prompt]:
     return [kinds[i % len(kinds)] for i in range(n)]
 
 
-@pytest.fixture(scope="module", params=sorted(ENGINES))
+# what vLLM warns of while it is imported is its own affair
+MARKS = {"vllm": [pytest.mark.filterwarnings("ignore")]}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=MARKS.get(name, [])) for name in sorted(ENGINES)]
+)
 def any_engine(request, toy_model, toy_adapter):
     """Return one engine of the table after the other, over the toy model."""
     adapters = {ADAPTER: toy_adapter}
