@@ -41,9 +41,11 @@ CONSTRAINT = "crystallm_kit.engines.vllm_constraint:CrystalConstraint"
 _ENVIRONMENT = {
     "VLLM_USE_V2_MODEL_RUNNER": "0",  # the one that takes processors of the V1 interface
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
     "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; left alone, vLLM takes what it finds free
 }
+_GRACE_SECONDS = 20  # for vLLM's processes to end by themselves
 _WAVES = 16  # of as many prompts as vLLM takes at a time are handed over together, and their results wait
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's LoRA comes in
 
@@ -143,6 +145,8 @@ class VllmEngine:
                 "a request needs a tokenizer whose ids are those of the wyckoff format; this model's are "
                 "others. Sample it unconstrained."
             )
+        from vllm.exceptions import VLLMValidationError
+
         given = [self._texts.given_ids(p) for p in prompts]
         requests: dict[Request, str] = {
             p.request: request_to_json(p.request) for p in prompts if p.request is not None
@@ -162,8 +166,11 @@ class VllmEngine:
                         lora_request=adapters,
                         use_tqdm=False,
                     )
-                except ValueError as error:
+                except (ValueError, VLLMValidationError) as error:
                     raise UserError(f"vLLM refuses this: {error}") from error
+                except BaseException:
+                    self.close()  # what was under way would come among the next results
+                    raise
             for i, output in enumerate(outputs, start=start):
                 yield self._completion(i, prompts[i], ids[i], given[i], output.outputs[0], sampling.seed)
 
@@ -181,7 +188,7 @@ class VllmEngine:
         """Stop vLLM and its processes."""
         llm, self._llm = self._llm, None
         if llm is not None:
-            llm.llm_engine.engine_core.shutdown()
+            llm.llm_engine.engine_core.shutdown(timeout=_GRACE_SECONDS)
         if self._merged is not None:
             self._merged.cleanup()
             self._merged = None
