@@ -14,15 +14,16 @@ Not here: who starts it, replaces it and gives it work (judging.py).
 import signal
 import time
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from multiprocessing.connection import Connection
 from typing import Any
 
 import orjson
-from pymatgen.core import Structure
+from pymatgen.core import Composition, Element, Molecule, Structure
 
 from crystallm_kit.errors import CrystallmKitError, UserError
 from crystallm_kit.generation import Judging, judge_by, without_numbers
@@ -138,7 +139,7 @@ def judged(task: JudgeTask, item: Item, seconds: float) -> Judged:
         return failed(task, item, f"judging it failed: {type(error).__name__}")
     reason = sample.verdict.reason
     stage = "" if reason is None else stage_of(reason, sample.verdict)
-    formula = "" if sample.structure is None else sample.structure.composition.reduced_formula
+    formula = "" if sample.structure is None else _formula(sample.structure)
     return Judged(item.index, reason, stage, formula, sample.text, line)
 
 
@@ -162,7 +163,7 @@ def crystal_line(sample: Sample, index: int, form: str) -> bytes:
         {
             "index": index,
             "id": sample.id,
-            "formula": None if structure is None else structure.composition.reduced_formula,
+            "formula": None if structure is None else _formula(structure),
             "spacegroup_number": sample.measures.get("spacegroup_number"),
             "structure": None if structure is None else _structure_text(sample, form),
             "text": sample.text,
@@ -177,6 +178,18 @@ def crystal_line(sample: Sample, index: int, form: str) -> bytes:
         },
         option=orjson.OPT_SERIALIZE_NUMPY,
     )
+
+
+def _formula(structure: Structure | Molecule) -> str:
+    """Return pymatgen's reduced formula; remembered, since it takes a fifth of a sample's time."""
+    if not structure.is_ordered:
+        return str(structure.composition.reduced_formula)
+    return _formula_of(tuple(sorted(Counter(structure.atomic_numbers).items())))
+
+
+@lru_cache(maxsize=20_000)
+def _formula_of(counts: tuple[tuple[int, int], ...]) -> str:
+    return str(Composition({Element.from_Z(z): n for z, n in counts}).reduced_formula)
 
 
 def _structure_text(sample: Sample, form: str) -> str | None:
