@@ -26,7 +26,7 @@ from crystallm_kit.server.streaming import ClientGone, json_response
 log = logging.getLogger(__name__)
 access_log = logging.getLogger("crystallm_kit.server.access")
 BODY_SECONDS = 60.0  # in which a body must have arrived
-_DISCARDED = 64_000_000  # bytes of a body that is too long are read, so that its sender can read the refusal
+_DISCARDED = 64_000_000  # bytes of a refused body are read, so that its sender can read the refusal
 _DISCARD_SECONDS = 10.0
 
 
@@ -133,7 +133,7 @@ class _Passage:
         """Pass on the answer, with the request's id in its headers."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            if self.status == 413:
+            if self.status >= 400 and self.status != 408:
                 await self._discard_body()
             headers = [*message.get("headers", ()), (b"x-request-id", self.id.encode())]
             if self.state.admission.is_draining or self.status in (408, 413):

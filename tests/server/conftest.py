@@ -77,6 +77,7 @@ def new_local_state(shipped: Any, **settings: Any) -> Any:
     """Return the state of a new app over the shipped model; `settings`: those of ServerSettings."""
     from crystallm_kit.engines.continuous import ContinuousEngine
     from crystallm_kit.models.folders import shipped_model_folder
+    from crystallm_kit.server.judging import Judges
     from crystallm_kit.server.local import LocalBackend
     from crystallm_kit.server.state import ServerSettings, new_state
 
@@ -86,7 +87,8 @@ def new_local_state(shipped: Any, **settings: Any) -> Any:
         shipped.engine.model, shipped.engine.tokenizer, slots=chosen.slots, adapters={ADAPTER: folder}
     )
     backend = LocalBackend(engine, model_name="crystallm-kit", max_unread_tokens=chosen.max_unread_tokens)
-    return new_state(backend, shipped, shipped.engine.tokenizer, chosen)
+    # one judging process: apps are started often here
+    return new_state(backend, shipped, shipped.engine.tokenizer, chosen, judges=Judges(1))
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import logging
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 
@@ -91,6 +92,14 @@ def test_work_needs_a_key_and_health_does_not(make_state, key_file, caplog):
     assert document["paths"]["/v1/models"]["get"]["security"]
     assert "security" not in document["paths"]["/healthz"]["get"]
     assert KEY not in caplog.text
+
+
+def test_who_has_no_key_reads_the_refusal_even_of_a_long_body(make_state, serve_app, key_file):
+    """A server that closes with the body unread resets the connection, and its answer is lost."""
+    with serve_app(create_app(make_state(api_key_file=key_file))) as server:
+        for _ in range(5):
+            answer = httpx.post(f"{server.url}/v1/completions", content=b"a" * 900_000)
+            assert answer.status_code == 401
 
 
 def test_metrics_can_be_read_without_a_key_where_the_setting_says_so(make_state, key_file):
