@@ -100,8 +100,8 @@ class VllmEngine:
         if self._adapters:
             settings |= {
                 "enable_lora": True,
-                "max_loras": min(4, len(ranks)),
-                "max_cpu_loras": max(4, len(ranks)),
+                "max_loras": _lora_slots(len(ranks)),
+                "max_cpu_loras": len(ranks) + 1,
                 "max_lora_rank": next(rank for rank in _RANKS if rank >= max(ranks)),
             }
         self._piece = _WAVES * int(settings.setdefault("max_num_seqs", 256))
@@ -311,6 +311,17 @@ def _defaults() -> dict[str, Any]:
         return {"dtype": "bfloat16", "max_num_seqs": 1024}
     # bfloat16 was half as fast as float32 on a CPU with AVX-512; compiling takes a minute at the first start
     return {"dtype": "float32", "max_num_seqs": 256, "enforce_eager": True}
+
+
+def _lora_slots(n_adapters: int) -> int:
+    """Return how many adapters vLLM holds ready at a time."""
+    import torch
+
+    if torch.cuda.is_available():
+        return min(8, n_adapters)
+    # On CPUs vLLM 0.32 reads the last slot's matrices for rows without adapter where others of the batch have
+    # one (it looks up index -1): that slot has to stay empty.
+    return n_adapters + 1
 
 
 def _checked_rank(name: str, folder: Path) -> int:
