@@ -110,6 +110,11 @@ def _watch(state: ServerState) -> None:
             "completions_inside": ("Completions let in and not done.", lambda: admission.n_inside),
             "completions_waiting": ("Completions beyond those drawn at once.", lambda: admission.n_waiting),
             "completions_per_second": ("Completions done per second of busy time, lately.", admission.rate),
+            "engine_restarts": ("Engines started anew.", lambda: getattr(backend, "n_restarts", 0)),
+            "judge_restarts": (
+                "Judging processes started anew.",
+                lambda: getattr(state.judges, "n_replaced", 0),
+            ),
             "ready": ("1 where work is taken.", lambda: backend.is_ready() and not admission.is_draining),
         }
     )

@@ -27,7 +27,6 @@ class Metrics:
         crystals: Samples by the reason of their verdict, "valid" for none.
         seconds: From a request's arrival to the end of its answer, by route.
         first_token_seconds: From arrival to the first piece of text, for streams.
-        engine_restarts: How often what makes tokens was started anew.
         gone: Clients that left before their answer was whole.
     """
 
@@ -59,9 +58,6 @@ class Metrics:
             ["route"],
             buckets=_SECONDS,
             registry=here,
-        )
-        self.engine_restarts = Counter(
-            name + "engine_restarts", "Starts of what makes tokens, after the first.", registry=here
         )
         self.gone = Counter(
             name + "clients_gone",

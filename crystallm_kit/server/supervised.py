@@ -18,6 +18,11 @@ class SupervisedBackend(UpstreamBackend):
         self.supervisor = supervisor
         self._is_kept = False
 
+    @property
+    def n_restarts(self) -> int:
+        """How often a server was started anew."""
+        return self.supervisor.n_restarts
+
     async def start(self) -> None:
         """Start the servers; return when the first can be asked. Started twice is started once.
 

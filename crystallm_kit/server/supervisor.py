@@ -101,6 +101,7 @@ class Supervisor:
         self.pause_seconds = pause_seconds
         self.grace_seconds = grace_seconds
         self.tell = tell
+        self.n_restarts = 0
         self._tasks: list[asyncio.Task[None]] = []
         self.all_failed = asyncio.Event()
 
@@ -197,6 +198,7 @@ class _Run:
                 f"{self.job.name} {why}; starting it again in {pause:.3g} s (log: {self.log})"
             )
             await asyncio.sleep(pause)
+            self.supervisor.n_restarts += 1
 
     async def _watch(self) -> tuple[str, float]:
         """Return why the job is not well any more, and for how many seconds it was."""

@@ -76,6 +76,7 @@ def test_a_program_that_is_killed_is_started_again(tmp_path):
 
             second = await until(another)
             assert "was ended by SIGKILL" in made.said[-1] or "was ended by SIGKILL" in made.said[-2]
+            assert made.n_restarts == 1
         assert not is_alive(second)
 
     asyncio.run(story())
