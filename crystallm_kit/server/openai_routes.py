@@ -88,7 +88,7 @@ async def completions(body: CompletionRequest, request: Request, state: State) -
     # a long body is cut beside the event loop, which others wait for
     is_long = int(request.headers.get("content-length", _LONG_BODY)) >= _LONG_BODY
     job = await asyncio.to_thread(completion_job, body, state) if is_long else completion_job(body, state)
-    if hasattr(state.backend, "relay") and not state.model_stop:
+    if _can_be_passed_on(body, job, state):
         return await _relayed(body, job, request, state)
     if body.stream:
         return await event_stream(request, state, _events(body, job, state))
@@ -261,6 +261,19 @@ async def _events(body: CompletionRequest, job: Job, state: ServerState) -> Asyn
 
 
 # ---------------------------------------------------------------- passed on
+
+
+def _can_be_passed_on(body: CompletionRequest, job: Job, state: ServerState) -> bool:
+    """Tell whether a server behind answers as we would.
+
+    Log-probabilities come from it divided by the temperature; of several prompts with a seed, it draws all by
+    the same numbers; and it refuses n > 1 at temperature 0.
+    """
+    ask = job.asks[0]
+    is_plain = body.logprobs is None and not state.model_stop
+    is_plain = is_plain and (len(job.asks) == 1 or not ask.is_seeded)
+    is_plain = is_plain and (ask.n == 1 or ask.sampling.temperature > 0)
+    return hasattr(state.backend, "relay") and is_plain
 
 
 async def _relayed(body: CompletionRequest, job: Job, request: Request, state: ServerState) -> Response:

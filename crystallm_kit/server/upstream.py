@@ -35,6 +35,7 @@ from crystallm_kit.server.vllm_wire import (
     choices_of,
     is_greedy,
     message_of,
+    seed_base,
 )
 
 _JSON = {"content-type": "application/json"}
@@ -245,18 +246,22 @@ class UpstreamBackend:
         raise BackendError(f"the server ended its answer with {missing} of {ask.n} completions missing")
 
     async def relay(self, path: str, body: bytes) -> "tuple[int, dict[str, str], Relayed]":
-        """Pass a request on as it is, but for the model's name; return (status, headers, the answer's bytes).
+        """Pass a request on as it is; return (status, headers, the answer's bytes).
+
+        Only the model's name and the seed are translated: the same seed draws the same here as in `pieces`.
 
         Raises:
             NotReady, BackendError: As `pieces`; a BackendError also while the answer is read.
         """
         asked = json.loads(body)
         model = asked.get("model") or self.model_name
+        if asked.get("seed") is not None:
+            asked["seed"] = seed_base(asked["seed"])
         tried: set[str] = set()
         while True:
             server = self._pick(model if model in self.adapters else "", tried)
             name = self._wire_name(server, model)
-            content = body if name == asked.get("model") else json.dumps({**asked, "model": name}).encode()
+            content = json.dumps({**asked, "model": name}).encode()
             server.n_running += 1
             try:
                 response = await self._send(server, path, content)

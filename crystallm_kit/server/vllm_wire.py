@@ -109,7 +109,7 @@ class Wire:
             "skip_special_tokens": False,
         }
         if ask.is_seeded:
-            common["seed"] = _seed_base(sampling.seed) + ask.first_index
+            common["seed"] = seed_base(sampling.seed) + ask.first_index
         if ask.n_top is not None:
             common["logprobs"] = ask.n_top
         extra = self._arguments(ask, beginning)
@@ -349,7 +349,7 @@ def _temperature(sampling: Sampling) -> float:
     return max(sampling.temperature, _COLDEST) if sampling.number_temperature else sampling.temperature
 
 
-def _seed_base(seed: int) -> int:
+def seed_base(seed: int) -> int:
     """Return a number of 62 bits, so that the sum with a position fits vLLM's 64 with their sign."""
     return int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), "big") >> 2
 

@@ -98,6 +98,7 @@ def test_every_ask_gets_all_its_completions(stand_ins, wire):
     async def story():
         urls = [stand_ins.start(), stand_ins.start()]
         async with open_backend(urls, wire, per_call=8) as backend:
+            await until(lambda: all(s.is_healthy for s in backend.servers))
             asks = [
                 Ask(Prompt(CRYSTAL), Sampling(seed=s), n=n, first_index=3) for s, n in enumerate((1, 20, 5))
             ]
@@ -126,6 +127,18 @@ def test_a_draw_depends_on_seed_and_position_alone(stand_ins, wire):
             part = Ask(Prompt(CRYSTAL), Sampling(seed=5), n=4, first_index=6)
             assert await drawn(64, part) == {i: whole[i] for i in range(6, 10)}
             assert await drawn(64, Ask(Prompt(CRYSTAL), Sampling(seed=6), n=12)) != whole
+
+    asyncio.run(story())
+
+
+def test_what_is_passed_on_draws_as_what_is_asked(stand_ins, wire):
+    async def story():
+        async with open_backend([stand_ins.start()], wire) as backend:
+            asked = [c.token_ids async for _, c in backend.completions([told(0, n=3)])]
+            body = {"prompt": [370, 0], "n": 3, "seed": 1, "max_tokens": 50}
+            _, _, data = await backend.relay("/v1/completions", json.dumps(body).encode())
+            passed = json.loads(b"".join([chunk async for chunk in data]))
+            assert [tuple(choice["token_ids"]) for choice in passed["choices"]] == asked
 
     asyncio.run(story())
 
