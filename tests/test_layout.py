@@ -26,12 +26,13 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 HOMES = {
     "torch": (
         "models/", "training/", "engines/transformers_local.py", "engines/cache.py", "engines/stopping.py",
-        "engines/continuous.py", "engines/slots.py", "engines/drawing.py", "engines/vllm",
+        "engines/continuous.py", "engines/slots.py", "engines/slot_attention.py", "engines/drawing.py",
+        "engines/vllm",
         "tokens/tokenizer.py", "tokens/masking.py", "structures/tensors.py", "structures/relaxation.py",
     ),
     "transformers": (
         "models/", "training/", "engines/transformers_local.py", "engines/cache.py", "engines/slots.py",
-        "tokens/tokenizer.py",
+        "engines/slot_attention.py", "tokens/tokenizer.py",
     ),
     "tokenizers": ("tokens/tokenizer.py",),
     "datasets": ("tokens/corpus.py",),
@@ -62,6 +63,7 @@ TORCH_AT_THE_TOP = (
     "engines/stopping.py",
     "engines/continuous.py",
     "engines/slots.py",
+    "engines/slot_attention.py",
     "engines/drawing.py",
     "engines/vllm",
     "tokens/masking.py",

@@ -17,22 +17,25 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from crystallm_kit.engines.engine import Prompt, Sampling
-from crystallm_kit.engines.slots import CUT, FORBIDDEN, MAX_TOP, RUNNING, STOPPED, Slots, SlotSample
+from crystallm_kit.engines.slots import FORBIDDEN, MAX_TOP, RUNNING, STOPPED, Slots, SlotSample
 from crystallm_kit.engines.transformers_local import TransformersEngine
 from crystallm_kit.errors import UserError
 from crystallm_kit.models.adapter_set import AdapterSet
-from crystallm_kit.records import Completion
+from crystallm_kit.records import Completion, StopReason
 
 OnToken = Callable[[int, float, tuple[tuple[int, float], ...]], None]
 OnDone = Callable[[Completion | Exception], None]
 # Slots are filled again once so many of them are free, or nothing runs: filling has a price of its own.
 _WORTH_FILLING = 1 / 16
+# Models that hand keyword arguments on to their attention, which neither caps scores nor knows sinks.
+_KERNEL_MODELS = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(eq=False)
@@ -64,7 +67,9 @@ class ContinuousEngine(TransformersEngine):
     Args:
         model, tokenizer, stop, device, adapters: As of TransformersEngine. Where layers look back a number of
             tokens only, prompt and completion have no more of them together.
-        slots: Samples at a time; default: 64 on a CPU, 1,024 on a GPU.
+        slots: Samples at a time; default: 64 on a CPU; on a GPU 4,096, or as many whose longest samples fit
+            into half of the memory that is free.
+        dtype: The model is turned into it; None: as it is.
 
     Raises:
         ModelError: If an adapter cannot share the model.
@@ -79,11 +84,12 @@ class ContinuousEngine(TransformersEngine):
         stop: str = "",
         slots: int | None = None,
         device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
         adapters: Mapping[str, str | Path] | AdapterSet | None = None,
     ) -> None:
         self._window = _window(model.config)
-        super().__init__(model, tokenizer, stop=stop, device=device, adapters=adapters)
-        n_slots = slots or (64 if self.device.type == "cpu" else 1024)
+        super().__init__(model.to(dtype=dtype), tokenizer, stop=stop, device=device, adapters=adapters)
+        n_slots = slots or self._usual_slots()
         end = tokenizer.eos_token_id
         self._slots = Slots(
             self.adapters.model,
@@ -93,17 +99,23 @@ class ContinuousEngine(TransformersEngine):
             end=-1 if end is None else end,
             stop_table=self._stop_table if stop else None,
             is_constrained=self.has_wyckoff_ids,
+            own_attention=self._is_attending_by_slots(),
         )
+        # many samples have one prompt, and to encode it takes longer than to draw a token
+        self._ids_of_prompt = lru_cache(maxsize=1024)(lambda text: tuple(self.texts.prompt_ids(text)))
         self._waiting: deque[Ticket] = deque()
         self._running: list[Ticket | None] = [None] * n_slots
         self._n_rows = 0  # slots in use, holes counted
+        self._n_launched = 0  # slots of the step that is under way
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="continuous-engine", daemon=True)
         self._thread.start()
 
     @classmethod
-    def over(cls, engine: TransformersEngine, *, slots: int | None = None) -> "ContinuousEngine":
+    def over(
+        cls, engine: TransformersEngine, *, slots: int | None = None, dtype: torch.dtype | None = None
+    ) -> "ContinuousEngine":
         """Return the same model, tokenizer and adapters behind continuous batching."""
         return cls(
             engine.model,
@@ -111,8 +123,31 @@ class ContinuousEngine(TransformersEngine):
             stop=engine.stop,
             slots=slots,
             device=engine.device,
+            dtype=dtype,
             adapters=engine.adapters,
         )
+
+    def _usual_slots(self) -> int:
+        if self.device.type != "cuda":
+            return 64
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        numbers = 2 * config.num_hidden_layers * heads * width * self.max_positions
+        free, _ = torch.cuda.mem_get_info(self.device)
+        fitting = max(16, free // 2 // (numbers * self.model.dtype.itemsize))
+        return int(min(4096, 1 << (fitting.bit_length() - 1)))
+
+    def _is_attending_by_slots(self) -> bool:
+        """Tell whether the models' attention is that of the slots; it is made so, where it can be."""
+        if self.device.type != "cuda" or self.model.config.model_type not in _KERNEL_MODELS:
+            return False
+        from crystallm_kit.engines import slot_attention
+
+        name = slot_attention.register()
+        for adapter in ("", *self.adapters.names):
+            self.adapters.model(adapter).set_attn_implementation(name)
+        return True
 
     def _positions(self) -> int:
         return int(min(super()._positions(), self._window))
@@ -172,11 +207,11 @@ class ContinuousEngine(TransformersEngine):
         on_done: OnDone,
     ) -> Ticket:
         self.adapters.check(prompt.adapter)
-        ids = self._prompt_ids(prompt.text) if prompt_ids is None else list(prompt_ids)
+        ids = self._ids_of_prompt(prompt.text) if prompt_ids is None else tuple(prompt_ids)
         if not ids:
             raise UserError("an empty prompt; a model goes on from at least one token")
         n_tokens = self.model.config.vocab_size
-        if not all(0 <= i < n_tokens for i in ids):
+        if prompt_ids is not None and not all(0 <= i < n_tokens for i in ids):
             raise UserError(f"prompt: a token id outside of 0 to {n_tokens - 1}")
         if len(ids) >= self.max_positions:
             raise UserError(
@@ -187,8 +222,8 @@ class ContinuousEngine(TransformersEngine):
         if n_top is not None and n_top > MAX_TOP:
             raise UserError(f"log-probabilities of {n_top} alternatives; at most {MAX_TOP}")
         sample = SlotSample(
-            tuple(ids),
-            tuple(self._given_ids(prompt)),
+            ids,
+            tuple(self.texts.given_ids(prompt)),
             prompt.request,
             sampling,
             index,
@@ -230,7 +265,7 @@ class ContinuousEngine(TransformersEngine):
 
     def text_of(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
         """Return the text that some ids after a prompt are."""
-        return self._text_of(list(prompt_ids), ids)
+        return self.texts.text_of(prompt_ids, ids)
 
     def close(self) -> None:
         """Stop; what waits or runs is told so."""
@@ -249,9 +284,7 @@ class ContinuousEngine(TransformersEngine):
                 if self._closed:
                     break
             try:
-                self._fill()
-                if self._n_rows:
-                    self._step()
+                self._go_on()
             except Exception as error:  # noqa: BLE001 - whoever waits is told; the next request may work
                 self._fail(error)
         self._fail(UserError("the engine was closed"))
@@ -263,7 +296,7 @@ class ContinuousEngine(TransformersEngine):
                 tickets += self._waiting
                 self._waiting.clear()
             self._running[: self._n_rows] = [None] * self._n_rows
-            self._n_rows = 0
+            self._n_rows = self._n_launched = 0
         for ticket in tickets:
             if not ticket.cancelled:
                 ticket.on_done(error)
@@ -318,55 +351,78 @@ class ContinuousEngine(TransformersEngine):
                 self._running[target], self._running[origin] = self._running[origin], None
         self._n_rows = n_running
 
-    def _step(self) -> None:
-        running = self._running[: self._n_rows]
-        told = [(row, t) for row, t in enumerate(running) if t is not None and t.on_token is not None]
-        top = any(t.n_top for _, t in told)
-        states = self._slots.step(self._n_rows, top=top)
-        if told:
-            self._tell(told)
-        finished = [
-            row for row in (states != RUNNING).nonzero()[0].tolist() if self._running[row] is not None
-        ]
-        if not finished:
-            return
-        for row, (ids, log_probability) in zip(finished, self._slots.written(finished), strict=True):
-            ticket, self._running[row] = self._running[row], None
-            if ticket is None or ticket.cancelled:
-                continue
-            if states[row] == FORBIDDEN:
-                ticket.on_done(self._forbidden(ids[-1], ticket.prompt))
-                continue
-            sample = ticket.sample
-            stop = {STOPPED: "stop", CUT: "length"}[int(states[row])]
-            ticket.on_done(
-                Completion(
-                    ticket.prompt.text,
-                    self._text_of(list(sample.prompt), ids),
-                    tuple(ids),
-                    stop,  # type: ignore[arg-type]
-                    log_probability,
-                    sample.sampling.seed,
-                    sample.index,
-                )
-            )
+    def _go_on(self) -> None:
+        """Collect the step that is under way and launch the next one; what the first one finished, and who
+        takes its slots, is seen to meanwhile.
+        """
+        told: list[tuple[Ticket, int, float, tuple[tuple[int, float], ...]]] = []
+        finished: list[tuple[Ticket, int, list[int], float]] = []
+        if self._n_launched:
+            n, self._n_launched = self._n_launched, 0
+            states = self._slots.collect(n)
+            told = self._newest_tokens(n)
+            rows = [
+                row for row in (states != RUNNING).nonzero()[0].tolist() if self._running[row] is not None
+            ]
+            written = self._slots.written(rows) if rows else []
+            for row, (ids, log_probability) in zip(rows, written, strict=True):
+                ticket, self._running[row] = self._running[row], None
+                if ticket is not None:
+                    finished.append((ticket, int(states[row]), ids, log_probability))
+            if self.device.type != "cpu":  # there the step is computed when it is launched
+                self._launch()
+        for ticket, token, log, top in told:
+            if not ticket.cancelled and ticket.on_token is not None:
+                ticket.on_token(token, log, top)
+        for ticket, state, ids, log_probability in finished:
+            if not ticket.cancelled:
+                ticket.on_done(self._outcome(ticket, state, ids, log_probability))
+        self._fill()
+        if not self._n_launched:
+            self._launch()
 
-    def _tell(self, told: list[tuple[int, Ticket]]) -> None:
-        """Tell the newest token of each sample that wants to know."""
+    def _launch(self) -> None:
+        running = [t for t in self._running[: self._n_rows] if t is not None and not t.cancelled]
+        if running:
+            self._n_launched = self._n_rows
+            self._slots.launch(self._n_rows, top=any(t.n_top for t in running))
+
+    def _outcome(
+        self, ticket: Ticket, state: int, ids: list[int], log_probability: float
+    ) -> Completion | Exception:
+        if state == FORBIDDEN:
+            return self._forbidden(ids[-1], ticket.prompt)
+        sample = ticket.sample
+        stop: StopReason = "stop" if state == STOPPED else "length"
+        text = self.texts.text_of(sample.prompt, ids)
+        return Completion(
+            ticket.prompt.text, text, tuple(ids), stop, log_probability, sample.sampling.seed, sample.index
+        )
+
+    def _newest_tokens(self, n: int) -> list[tuple[Ticket, int, float, tuple[tuple[int, float], ...]]]:
+        """Return the token that was drawn last for each sample that wants to know."""
+        told = [
+            (row, t) for row, t in enumerate(self._running[:n]) if t is not None and t.on_token is not None
+        ]
+        if not told:
+            return []
         slots = self._slots
-        n = self._n_rows
         tokens, logs = slots.token[:n].tolist(), slots.token_log[:n].tolist()
-        top_ids = top_logs = None
+        top: list[list[tuple[int, float]]] = []
         if any(t.n_top for _, t in told):
-            top_ids, top_logs = slots.top_ids[:n].tolist(), slots.top_logs[:n].tolist()
-        for row, ticket in told:
-            if ticket.cancelled or ticket.on_token is None:
-                continue
-            best: tuple[tuple[int, float], ...] = ()
-            if ticket.n_top and top_ids is not None and top_logs is not None:
-                pairs = zip(top_ids[row], top_logs[row], strict=True)
-                best = tuple(pair for pair in pairs if pair[1] > -math.inf)[: ticket.n_top]
-            ticket.on_token(tokens[row], logs[row], best)
+            ids, of_ids = slots.top_ids[:n].tolist(), slots.top_logs[:n].tolist()
+            top = [list(zip(ids[row], of_ids[row], strict=True)) for row in range(n)]
+        return [
+            (
+                ticket,
+                tokens[row],
+                logs[row],
+                tuple(pair for pair in top[row] if pair[1] > -math.inf)[: ticket.n_top]
+                if ticket.n_top
+                else (),
+            )
+            for row, ticket in told
+        ]
 
 
 def _window(config: Any) -> float:

@@ -6,7 +6,8 @@ from the model to the drawn token and the masks of the next one, is recorded onc
 graph. Samples stand in the first rows; a step works on these alone.
 
     slots.put([0, 1], samples)         prompt read, first token not drawn yet
-    states = slots.step(2)             (2,) uint8: RUNNING, STOPPED, CUT or FORBIDDEN
+    slots.launch(2)                    one token more; on a GPU this returns at once
+    states = slots.collect(2)          (2,) uint8: RUNNING, STOPPED, CUT or FORBIDDEN
     slots.written(0)                   token ids and their log-probability
 
 What a prompt leaves in the key-value cache is kept for the next sample with the same prompt.
@@ -69,6 +70,7 @@ class Slots:
         end: Id of the end token; -1: none.
         stop_table: States of the stop text, as engines/stopping.py makes it; None: no such text.
         is_constrained: Whether requests may come.
+        own_attention: Whether the models attend by slot_attention.py.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Slots:
         end: int = -1,
         stop_table: torch.Tensor | None = None,
         is_constrained: bool = True,
+        own_attention: bool = False,
     ) -> None:
         self.model = model
         self.n_slots = n_slots
@@ -123,6 +126,7 @@ class Slots:
         self._pool: Any = None
         self._views: dict[int, WyckoffConstraint] = {}
         self._recording = device.type == "cuda"
+        self._own_attention = own_attention
 
     # Taking and leaving a slot
 
@@ -261,8 +265,8 @@ class Slots:
     # A step
 
     @torch.inference_mode()
-    def step(self, n: int, *, top: bool = False) -> npt.NDArray[np.uint8]:
-        """Draw one token for each of the first n slots that runs; return (n,) states.
+    def launch(self, n: int, *, top: bool = False) -> None:
+        """Begin to draw one token for each of the first n slots that runs.
 
         Args:
             n: Slots to work on.
@@ -278,15 +282,20 @@ class Slots:
             self._replay(n_rows, n_tokens, cuts, top)
         else:
             self._compute(n, needed, cuts, top)
-        states = self.state[:n].cpu().numpy()
-        self._places[:n] = np.where(states == RUNNING, self._places[:n] + 1, 0)
-        return states
+        self._places[:n] += 1
+
+    def collect(self, n: int) -> npt.NDArray[np.uint8]:
+        """Return (n,) states of the first slots, when the step that was launched is done."""
+        return self.state[:n].cpu().numpy()
 
     def _bucket(self, n: int) -> int:
         """Return how many rows a recorded step has: a power of two, or all."""
         return min(self.n_slots, 1 << (n - 1).bit_length())
 
     def _tokens_bucket(self, n_tokens: int) -> int:
+        """Return up to where a recorded step looks at the cache; slot_attention.py needs no limit."""
+        if self._own_attention:
+            return 0
         step = 32 if n_tokens <= 128 else 128
         return -(-n_tokens // step) * step
 
@@ -325,7 +334,10 @@ class Slots:
         return changing
 
     def _forget_graphs(self) -> None:
+        if self._graphs:
+            torch.cuda.synchronize(self.device)
         self._graphs.clear()
+        self._pool = None  # it goes with its last graph
 
     def _constraint_of(self, n: int) -> WyckoffConstraint | None:
         if self.constraint is None:
@@ -392,15 +404,21 @@ class Slots:
         positions, states = self.positions[:n], self.states
         if states is None:
             raise RuntimeError("a step before any sample was put")
-        places = torch.arange(n_tokens, device=self.device)
-        seen = (places <= positions[:, None])[:, None, None, :]  # (B, 1, 1, T)
+        if self._own_attention:
+            known, seen = states[:, :n], torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self.device)
+            settings = {"slot_positions": positions}
+        else:
+            known, settings = states[:, :n, :, :n_tokens], {}
+            places = torch.arange(n_tokens, device=self.device)
+            seen = (places <= positions[:, None])[:, None, None, :]  # (B, 1, 1, T)
         out = self.model(self.adapter)(
             input_ids=self.inputs[:n, None],
             position_ids=positions[:, None],
             attention_mask=seen,
-            past_key_values=_slot_cache(states[:, :n, :, :n_tokens], positions),
+            past_key_values=_slot_cache(known, positions),
             use_cache=True,
             logits_to_keep=1,
+            **settings,
         )
         logits: torch.Tensor = out.logits[:, -1].float()
         return logits

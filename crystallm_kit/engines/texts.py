@@ -7,6 +7,7 @@ a text begins with when it is decoded alone.
 Not here: how tokenizers are made (tokens/tokenizer.py).
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -33,6 +34,14 @@ class Texts:
         """Whether the tokenizer is a format's alphabet (tokenizer.build_tokenizer) and no base model's."""
         return type(self.tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
 
+    @cached_property
+    def _words(self) -> dict[int, str]:
+        """Id -> text. Texts of a format are their tokens, joined: fifty times as fast as to decode them."""
+        words = self.tokenizer.batch_decode(
+            [[i] for i in range(len(self.tokenizer))], skip_special_tokens=False
+        )
+        return defaultdict(str, enumerate(words))  # rows of a model beyond its alphabet are no text
+
     def prompt_ids(self, text: str) -> list[int]:
         """Return the ids of a prompt. Raises UserError where a format's alphabet does not cover it."""
         return (encode_strict if self.is_of_a_format else prompt_ids)(self.tokenizer, text)
@@ -46,7 +55,7 @@ class Texts:
     def text_of(self, prompt: Sequence[int], completion: Sequence[int]) -> str:
         """Return the text of a completion; of a base model's tokenizer, without the end token."""
         if self.is_of_a_format:
-            return str(self.tokenizer.decode(completion, skip_special_tokens=False))
+            return "".join(map(self._words.__getitem__, completion))
         ended = bool(completion) and completion[-1] == self.tokenizer.eos_token_id
         written = [*prompt, *(completion[:-1] if ended else completion)]
         # a special token within the text stays: left out, it would join what it stood between

@@ -4,10 +4,6 @@ Prompts of one length share a batch. Finished samples leave it, and the cache sh
 uses a number of its own, made from (seed, position of the prompt, position of the token), so results do not
 depend on how prompts fall into batches (up to rounding of the logits).
 
-A format's own tokenizer refuses text that it does not cover. Of a base model's, prompts are encoded as in
-training, and a completion is what the text grows by: tokenizers of the SentencePiece kind lose the blank that
-a text begins with when it is decoded alone.
-
 Not here: other engines (engine.py has the table); vLLM, which batches better and serves many users.
 """
 
@@ -25,14 +21,12 @@ from crystallm_kit.engines.cache import growing_cache
 from crystallm_kit.engines.drawing import draw, uniform_numbers
 from crystallm_kit.engines.engine import Prompt, Sampling
 from crystallm_kit.engines.stopping import stop_table
+from crystallm_kit.engines.texts import Texts
 from crystallm_kit.errors import ImpossibleRequest, UserError
 from crystallm_kit.models.adapter_set import AdapterSet
 from crystallm_kit.models.bases import max_positions
 from crystallm_kit.records import Completion, StopReason
-from crystallm_kit.text.wyckoff import TOKENS
-from crystallm_kit.tokens.cutting import BaseCutter
 from crystallm_kit.tokens.masking import WyckoffConstraint
-from crystallm_kit.tokens.tokenizer import encode_strict, prompt_ids
 
 # The batch is cut down to its unfinished rows when that saves this share of it. Copying the cache has a
 # price.
@@ -75,6 +69,7 @@ class TransformersEngine:
         self.model = model.to(self.device).eval()
         self.adapters = adapters if isinstance(adapters, AdapterSet) else AdapterSet(self.model, adapters)
         self.tokenizer = tokenizer
+        self.texts = Texts(tokenizer)
         self.stop = stop
         self.batch_size = batch_size
         free = 1 if self.device.type != "cpu" else (os.cpu_count() or 1) // torch.get_num_threads()
@@ -91,7 +86,7 @@ class TransformersEngine:
         """
         for name in {p.adapter for p in prompts}:
             self.adapters.check(name)
-        ids = [self._prompt_ids(p.text) for p in prompts]
+        ids = [self.texts.prompt_ids(p.text) for p in prompts]
         if not all(ids):
             raise UserError("an empty prompt; a model goes on from at least one token")
         longest = max(map(len, ids), default=0)
@@ -99,7 +94,7 @@ class TransformersEngine:
             raise UserError(
                 f"a prompt of {longest} tokens; the model has {self._positions()} positions in all"
             )
-        given = [self._given_ids(p) for p in prompts]
+        given = [self.texts.given_ids(p) for p in prompts]
         order = sorted(range(len(prompts)), key=lambda i: (*self._kind(prompts[i], ids[i]), len(given[i])))
         ready: dict[int, Completion] = {}
         following = 0
@@ -214,7 +209,7 @@ class TransformersEngine:
                     constraint = constraint.take(keep)
         for b, row in enumerate(rows):
             ids = tuple(tokens_BT[b, : int(length_B[b])].tolist())
-            text = self._text_of(prompt_ids_BT[b], ids)
+            text = self.texts.text_of(prompt_ids_BT[b], ids)
             stop: StopReason = "stop" if bool(ended_B[b]) else "length"
             yield Completion(
                 prompts[row].text,
@@ -271,10 +266,10 @@ class TransformersEngine:
     def _stop_table(self) -> torch.Tensor:
         return stop_table(self.tokenizer, self.stop, self.model.config.vocab_size).to(self.device)
 
-    @cached_property
+    @property
     def has_wyckoff_ids(self) -> bool:
         """Whether the tokenizer's ids are those that constraints are made of."""
-        return bool(self.tokenizer.convert_tokens_to_ids(list(TOKENS)) == list(range(len(TOKENS))))
+        return self.texts.has_wyckoff_ids
 
     @property
     def max_positions(self) -> int:
@@ -283,32 +278,3 @@ class TransformersEngine:
 
     def _positions(self) -> int:
         return max_positions(self.model.config)
-
-    @cached_property
-    def _is_of_a_format(self) -> bool:
-        """Whether the tokenizer is a format's alphabet (tokenizer.build_tokenizer) and no base model's."""
-        return type(self.tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
-
-    def _prompt_ids(self, text: str) -> list[int]:
-        return (encode_strict if self._is_of_a_format else prompt_ids)(self.tokenizer, text)
-
-    def _given_ids(self, prompt: Prompt) -> list[int]:
-        """Return what a completion must begin with; a whole one ends with the end token, if there is one."""
-        ids = self._text_ids(prompt.beginning) if prompt.beginning else []
-        end = self.tokenizer.eos_token_id
-        return [*ids, end] if prompt.is_whole and end is not None and ids[-1:] != [end] else ids
-
-    def _text_ids(self, text: str) -> list[int]:
-        if self._is_of_a_format:
-            return encode_strict(self.tokenizer, text)
-        return BaseCutter(self.tokenizer)(text)
-
-    def _text_of(self, prompt: list[int], completion: Sequence[int]) -> str:
-        """Return the text of a completion; of a base model's tokenizer, without the end token."""
-        if self._is_of_a_format:
-            return str(self.tokenizer.decode(completion, skip_special_tokens=False))
-        ended = bool(completion) and completion[-1] == self.tokenizer.eos_token_id
-        written = [*prompt, *(completion[:-1] if ended else completion)]
-        # a special token within the text stays: left out, it would join what it stood between
-        before, after = (str(self.tokenizer.decode(ids)) for ids in (prompt, written))
-        return after[len(before) :]

@@ -82,15 +82,15 @@ def test_no_blank_is_lost_where_the_crystal_begins(engine_of, family, first):
     begin = engine.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
     if given[: len(begin)] != begin:
         pytest.skip("this tokenizer joins the blank to the prompt's end")
-    assert engine._text_of(begin, given[len(begin) :]) == first
+    assert engine.texts.text_of(begin, given[len(begin) :]) == first
 
 
 def test_the_end_is_left_out_and_other_special_tokens_stay(engine_of):
     engine = engine_of("llama")
     begin = prompt_ids(engine.tokenizer, PROMPT)
     numbers = engine.tokenizer("3.99", add_special_tokens=False)["input_ids"]
-    assert engine._text_of(begin, [*numbers, engine.tokenizer.eos_token_id]).strip() == "3.99"
-    assert "<unk>" in engine._text_of(begin, [*numbers, engine.tokenizer.unk_token_id, *numbers])
+    assert engine.texts.text_of(begin, [*numbers, engine.tokenizer.eos_token_id]).strip() == "3.99"
+    assert "<unk>" in engine.texts.text_of(begin, [*numbers, engine.tokenizer.unk_token_id, *numbers])
 
 
 def test_prompts_begin_with_bos_where_the_tokenizer_puts_one(engine_of):
