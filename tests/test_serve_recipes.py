@@ -422,8 +422,8 @@ KillWait=5
     daemons = []
     try:
         for command in commands:
-            log = (folder / f"{len(daemons)}.log").open("wb")
-            daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            with (folder / f"{len(daemons)}.log").open("wb") as log:
+                daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
             time.sleep(1)
         until = time.monotonic() + 30
         while True:
