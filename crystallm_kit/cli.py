@@ -188,7 +188,8 @@ def _add_serve_verb(verbs: Any) -> None:
         ("max-n", "most completions of a prompt, and most crystals of a request (1000)", "N"),
         ("max-samples", "most samples that are drawn for one request's crystals (10000)", "N"),
         ("max-body-bytes", "longest request (1000000)", "N"),
-        ("slots", "completions drawn at once in this process (64, on a GPU 1024)", "N"),
+        ("slots", "completions drawn at once in this process (64, on a GPU up to 4096)", "N"),
+        ("judges", "processes that parse and validate samples (a quarter of the cores)", "N"),
     ):
         door.add_argument(f"--{name}", type=int, metavar=unit, help=what)
     door.add_argument(

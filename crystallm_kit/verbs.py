@@ -98,7 +98,7 @@ def serve(options: argparse.Namespace) -> int:
     from crystallm_kit.server.state import ServerSettings
     from crystallm_kit.server.vllm_jobs import split_arguments
 
-    limits = ("max_queue", "max_n", "max_samples", "max_body_bytes", "slots", "drain_seconds")
+    limits = ("max_queue", "max_n", "max_samples", "max_body_bytes", "slots", "judges", "drain_seconds")
     settings = ServerSettings(
         host=options.host, port=options.port, api_key_file=options.api_key_file,
         **{name: getattr(options, name) for name in limits if getattr(options, name) is not None},

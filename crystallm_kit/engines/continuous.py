@@ -69,7 +69,7 @@ class ContinuousEngine(TransformersEngine):
             tokens only, prompt and completion have no more of them together.
         slots: Samples at a time; default: 64 on a CPU; on a GPU 4,096, or as many whose longest samples fit
             into half of the memory that is free.
-        dtype: The model is turned into it; None: as it is.
+        dtype: The model is turned into it, such as bfloat16; None: as it is.
 
     Raises:
         ModelError: If an adapter cannot share the model.
@@ -84,11 +84,12 @@ class ContinuousEngine(TransformersEngine):
         stop: str = "",
         slots: int | None = None,
         device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: str | None = None,
         adapters: Mapping[str, str | Path] | AdapterSet | None = None,
     ) -> None:
         self._window = _window(model.config)
-        super().__init__(model.to(dtype=dtype), tokenizer, stop=stop, device=device, adapters=adapters)
+        model = model if dtype is None else model.to(getattr(torch, dtype))
+        super().__init__(model, tokenizer, stop=stop, device=device, adapters=adapters)
         n_slots = slots or self._usual_slots()
         end = tokenizer.eos_token_id
         self._slots = Slots(
@@ -114,7 +115,7 @@ class ContinuousEngine(TransformersEngine):
 
     @classmethod
     def over(
-        cls, engine: TransformersEngine, *, slots: int | None = None, dtype: torch.dtype | None = None
+        cls, engine: TransformersEngine, *, slots: int | None = None, dtype: str | None = None
     ) -> "ContinuousEngine":
         """Return the same model, tokenizer and adapters behind continuous batching."""
         return cls(
@@ -151,6 +152,11 @@ class ContinuousEngine(TransformersEngine):
 
     def _positions(self) -> int:
         return int(min(super()._positions(), self._window))
+
+    @property
+    def n_slots(self) -> int:
+        """Return how many samples can be drawn at a time."""
+        return len(self._running)
 
     @property
     def n_running(self) -> int:

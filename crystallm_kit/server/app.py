@@ -40,7 +40,7 @@ def create_app(state: ServerState) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        state.judges = state.judges or Judges()
+        state.judges = state.judges or Judges(state.settings.judges)
         try:
             await asyncio.gather(state.backend.start(), state.judges.start())
             yield
@@ -131,7 +131,11 @@ def _document(app: FastAPI, state: ServerState) -> dict[str, Any]:
         )
         for operations in document["paths"].values():
             for operation in operations.values():
-                operation["responses"].pop("422", None)
+                answers = operation["responses"]
+                answers.pop("422", None)
+                for status, answer in answers.items():
+                    if status >= "400" and "content" in answer:  # JSON, whatever the route gives
+                        answer["content"] = {"application/json": next(iter(answer["content"].values()))}
         schemas = document["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
             schemas.pop(name, None)

@@ -186,10 +186,13 @@ def _in_process(what: Serving, settings: ServerSettings, adapters: Mapping[str, 
     engine = model.engine
     if not isinstance(engine, TransformersEngine):
         raise UserError(f"engine '{engine.name}' cannot serve in this process")
-    slots = settings.slots if engine.device.type == "cpu" else max(settings.slots, 1024)
+    on_gpu = engine.device.type == "cuda"
     continuous = ContinuousEngine(
-        engine.model, engine.tokenizer, stop=engine.stop, slots=slots, device=engine.device, adapters=adapters
-    )
+        engine.model, engine.tokenizer, stop=engine.stop, device=engine.device, adapters=adapters,
+        slots=None if on_gpu and settings.slots == ServerSettings.slots else settings.slots,
+        dtype="bfloat16" if on_gpu else None,
+    )  # fmt: skip
+    slots = continuous.n_slots
     for name in adapters:
         continuous.adapters.model(name)  # what is wrong with one is said now
     backend = LocalBackend(

@@ -49,7 +49,8 @@ class ServerSettings:
         max_completions: Most completions of one request, prompts times n.
         max_samples: Largest budget of one request for crystals.
         max_queue: Completions that may wait for their turn; beyond, requests are refused with 429.
-        slots: Completions that are drawn at once.
+        slots: Completions that are drawn at once; a GPU draws more, where nothing else is said.
+        judges: Processes that parse and validate samples; None: a quarter of the cores.
         max_unread_tokens: A stream whose client leaves more than this unread is ended with an error.
         stall_seconds: A client that takes nothing for so long is taken for gone.
         drain_seconds: How long running requests may go on once the server is told to stop.
@@ -66,6 +67,7 @@ class ServerSettings:
     max_samples: int = 10_000
     max_queue: int = 4_096
     slots: int = 64
+    judges: int | None = None
     max_unread_tokens: int = 65_536
     stall_seconds: float = 60.0
     drain_seconds: float = 30.0
@@ -78,6 +80,8 @@ class ServerSettings:
         for name in ("max_queue", "max_unread_tokens", "stall_seconds", "drain_seconds"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"{name} {getattr(self, name)}: 0 or more expected")
+        if self.judges is not None and self.judges < 1:
+            raise UserError(f"judges {self.judges}: 1 or more expected")
         if not 0 <= self.port <= 65_535:
             raise UserError(f"port {self.port}: 0 to 65535 expected")
 
