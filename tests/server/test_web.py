@@ -33,7 +33,7 @@ pytestmark = [
 ]
 SOFTWARE_WEBGL = ("--enable-unsafe-swiftshader", "--use-gl=angle", "--use-angle=swiftshader")
 KEY = "test-key-of-24-characters"
-PATIENCE = 60  # seconds until what must come has come
+PATIENCE = 120  # seconds until what must come has come
 
 
 class Browser:
@@ -220,8 +220,9 @@ def test_elements_and_property_ranges_reach_the_request(page):
 
 
 def test_an_adapter_of_the_server_can_be_chosen(page, live_server):
-    offered = [option.get_attribute("value") for option in page.all("#model option")]
-    assert offered == list(live_server.state.model_names())
+    names = "return [...document.querySelectorAll('#model option')].map((option) => option.value)"
+    offered = list(live_server.state.model_names())
+    page.until(lambda: page.script(names) == offered)
     page.by_conditions(formula="MgO", n=1, model=offered[1])
     page.generate()
     assert json.loads(page.sent()[0]["postData"])["model"] == offered[1]
@@ -240,11 +241,12 @@ def test_a_crystal_looks_the_same_in_every_file_format(page, form):
     assert page.find("#conventional").is_enabled()
 
 
-def test_a_hundred_crystals_share_one_webgl_context(page):
-    page.by_conditions(formula="NaCl", n=100, seed=1)
+def test_many_crystals_share_one_webgl_context(page):
+    """Browsers give a page about 16 contexts."""
+    page.by_conditions(formula="NaCl", n=24, seed=1)
     page.press("#unique")
     page.generate()
-    assert len(page.all("#cards li")) == 100
+    assert len(page.all("#cards li")) == 24
     assert len(page.all("#viewer canvas:not(#still)")) == 1
     last = "#cards li:last-child canvas"
     page.script("document.querySelector(arguments[0]).scrollIntoView()", last)
@@ -573,9 +575,8 @@ def test_the_key_is_asked_for_sent_in_a_header_and_shown_nowhere(chromium, make_
         chromium.generate()
         assert len(chromium.all("#cards li")) == 1
         requests = chromium.requests()
-        assert requests[-1]["headers"]["Authorization"] == f"Bearer {KEY}" or any(
-            request["headers"].get("Authorization") == f"Bearer {KEY}" for request in requests
-        )
+        asked = [request for request in requests if request["url"].endswith("/v1/crystals")]
+        assert [request["headers"].get("Authorization") for request in asked] == [None, f"Bearer {KEY}"]
         assert not any(KEY in request["url"] + request.get("postData", "") for request in requests)
         assert KEY not in chromium.script("return document.body.textContent + location.href")
         assert '"Authorization: Bearer $API_KEY"' in chromium.text("#curl-text")
