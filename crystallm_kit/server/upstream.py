@@ -417,6 +417,8 @@ class UpstreamBackend:
             if server.is_healthy:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(server.recheck.wait(), wait)
+                    # one whose engine has just died still answers for a moment
+                    await asyncio.sleep(min(1.0, self._check_seconds))
             else:
                 await asyncio.sleep(wait)
 
