@@ -91,8 +91,10 @@ def serve(options: argparse.Namespace) -> int:
     for library in ("fastapi", "uvicorn", "httpx", "prometheus_client"):
         if importlib.util.find_spec(library) is None:
             raise MissingExtra.of("serve", library, "serve")
-    if options.model is None or (Path(options.model) / "config.json").exists():
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    adapters = [entry.partition("=")[2] or entry for entry in options.adapter]
+    is_here = options.model is None or (Path(options.model) / "config.json").exists()
+    if is_here and all("/" not in path or Path(path).is_dir() for path in adapters):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is looked for on the network
     from crystallm_kit.server.run import serve
     from crystallm_kit.server.serving import Serving
     from crystallm_kit.server.state import ServerSettings
