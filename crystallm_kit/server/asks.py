@@ -137,12 +137,17 @@ def completion_job(body: CompletionRequest, state: ServerState) -> Job:
     n_given = arguments.crystal_given or 0
     if n_given and request is None:
         raise refuse("vllm_xargs", "crystal_given says what the crystal begins with; it needs `crystal`.")
+    begins = arguments.crystal_beginning
+    if begins and (n_given or request is None):
+        raise refuse("vllm_xargs", "crystal_beginning: it needs `crystal`, and crystal_given says the same.")
+    if begins and max(begins) >= len(state.tokenizer):
+        raise refuse("vllm_xargs", f"crystal_beginning: the model has {len(state.tokenizer)} tokens.")
     asks, texts, all_ids, given = [], [], [], []
     for position, prompt in enumerate(prompts):
         is_text = isinstance(prompt, str)
         ids = _checked_ids(prompt, state)
         n_new = min(sampling.max_new_tokens, state.backend.max_positions - len(ids), body.max_tokens or 2**31)
-        beginning = ""
+        beginning = "" if begins is None else _text(begins, state)
         if n_given:
             if n_given >= len(ids):
                 raise refuse("vllm_xargs", f"crystal_given {n_given} of a prompt of {len(ids)} tokens.")
@@ -162,7 +167,7 @@ def completion_job(body: CompletionRequest, state: ServerState) -> Job:
         )
         texts.append(text)
         all_ids.append(tuple(ids))
-        given.append((n_given, len(beginning)))
+        given.append((n_given, len(beginning) if n_given else 0))
     return Job(model, tuple(asks), tuple(texts), tuple(all_ids), tuple(given))
 
 

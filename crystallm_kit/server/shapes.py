@@ -140,6 +140,14 @@ class ConstraintArguments(Body):
     crystal_given: int | None = Field(
         None, ge=0, lt=2**31, description="So many of the prompt's last tokens are the crystal's own text."
     )
+    crystal_beginning: list[TokenId] | None = Field(
+        None,
+        max_length=4096,
+        description="Token ids that the completion begins with, and that are part of it.",
+    )
+    crystal_log_softmax: bool | Literal[0, 1] | None = Field(
+        None, description="Taken and left alone: log-probabilities are those of the tokens that may come."
+    )
     crystal_number_temperature: float | None = Field(
         None, ge=0, le=100, description="Temperature of the tokens of numbers (cell, coordinates)."
     )
