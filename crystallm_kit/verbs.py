@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,12 +48,12 @@ def generate(options: argparse.Namespace) -> int:
     given = _sampling(options)
     check_folder(options.out)
     _tell_of_adapters(options, conditions)
-    model = _model(options)
-    samples = stream(
-        [conditions] * n, seed=options.seed, model=model, sampling=replace(model.sampling, **given),
-        constrained=not options.unconstrained, protocol=options.protocol,
-    )  # fmt: skip
-    return _finish(options, samples, n, understood=understood, conditions=conditions)
+    with _opened(options) as model:
+        samples = stream(
+            [conditions] * n, seed=options.seed, model=model, sampling=replace(model.sampling, **given),
+            constrained=not options.unconstrained, protocol=options.protocol,
+        )  # fmt: skip
+        return _finish(options, samples, n, understood=understood, conditions=conditions)
 
 
 def complete(options: argparse.Namespace) -> int:
@@ -65,7 +66,8 @@ def complete(options: argparse.Namespace) -> int:
         raise ParseError("empty", "nothing is given to complete")
     check_folder(options.out)
     n = _n_requested(options, None)
-    samples = complete_crystal(text, n=n, seed=options.seed, model=_model(options), protocol=options.protocol)
+    with _opened(options) as model:
+        samples = complete_crystal(text, n=n, seed=options.seed, model=model, protocol=options.protocol)
     return _finish(options, iter(samples), n)
 
 
@@ -76,7 +78,8 @@ def infill(options: argparse.Namespace) -> int:
 
     candidates = parse_elements(options.candidates)[0] if options.candidates else None
     crystal = _one_crystal(options.file)
-    ranked = infill(crystal, options.element, model=_model(options), candidates=candidates)
+    with _opened(options) as model:
+        ranked = infill(crystal, options.element, model=model, candidates=candidates)
     if options.json:
         _print_json({"id": crystal.id, "element": options.element, "probabilities": dict(ranked)})
         return 0
@@ -388,6 +391,16 @@ def _model(options: argparse.Namespace) -> "Model":
         batch_size=options.batch_size, constrained=not getattr(options, "unconstrained", False),
         **_server(options),
     )  # fmt: skip
+
+
+@contextmanager
+def _opened(options: argparse.Namespace) -> Iterator["Model"]:
+    """Give the model, and stop what its engine has started."""
+    model = _model(options)
+    try:
+        yield model
+    finally:
+        getattr(model.engine, "close", lambda: None)()
 
 
 def _server(options: argparse.Namespace) -> dict[str, Any]:

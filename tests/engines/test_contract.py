@@ -1,5 +1,6 @@
 """What every engine of the table owes. Behind `openai` stands this package's own server, over HTTP."""
 
+import gc
 import importlib.util
 
 import pytest
@@ -58,6 +59,7 @@ def any_engine(request, toy_model, toy_adapter):
             pytest.skip("vllm is not installed here")
         with engine("vllm", toy_model, adapters=adapters, max_num_seqs=32) as offline:
             yield offline
+        gc.collect()  # its sockets warn as they go, here and not while pytest ends
     else:
         pytest.fail(f"engine {request.param} is in the table and not under test")
 
