@@ -156,13 +156,13 @@ def test_a_slow_reader_within_the_bound_gets_everything_in_few_pieces(run):
         texts, n_pieces = [""] * 4, 1
         first = await anext(pieces)
         texts[first.index] = first.text
-        await asyncio.sleep(1.5)
+        await idle(backend)
         async for piece in pieces:
             texts[piece.index] += piece.text
             n_pieces += 1
         expected = [c async for _, c in backend.completions([ask])]
         assert texts == [c.text for c in sorted(expected, key=lambda c: c.index)]
-        assert n_pieces < sum(len(c.token_ids) for c in expected) / 2
+        assert n_pieces <= 1 + 4  # all that had come of each, at once
 
     run(work)
 
