@@ -162,7 +162,8 @@ def test_a_slow_reader_within_the_bound_gets_everything_in_few_pieces(run):
             n_pieces += 1
         expected = [c async for _, c in backend.completions([ask])]
         assert texts == [c.text for c in sorted(expected, key=lambda c: c.index)]
-        assert n_pieces <= 1 + 4  # all that had come of each, at once
+        # all that had come of each at once, and its end, which may be on its way when the engine is idle
+        assert n_pieces <= 1 + 2 * 4 < sum(len(c.token_ids) for c in expected) / 2
 
     run(work)
 
