@@ -695,11 +695,8 @@ def test_prometheus_takes_its_files(tmp_path):
     assert done.returncode == 0, refused(done)
 
 
-def test_alerts_speak_of_counters_that_the_server_has():
-    from crystallm_kit.server.metrics import Metrics
-
-    pytest.importorskip("prometheus_client", reason="the extra `serve` is not installed")
-    metrics = Metrics()
+def test_alerts_speak_of_counters_that_the_server_has(app):
+    metrics = app.state.server.metrics
     metrics.requests.labels("/v1/crystals", "POST", "200")
     metrics.crystals.labels("valid")
     metrics.first_token_seconds.labels("/v1/crystals")
