@@ -321,8 +321,13 @@ class ContinuousEngine(TransformersEngine):
             newcomers = self._newcomers(n_free, is_idle=is_idle)
         rows = (holes + list(range(self._n_rows, n_slots)))[: len(newcomers)]
         if newcomers:
-            self._slots.adapter = newcomers[0].prompt.adapter
-            self._slots.put(rows, [ticket.sample for ticket in newcomers])
+            try:
+                self._slots.adapter = newcomers[0].prompt.adapter
+                self._slots.put(rows, [ticket.sample for ticket in newcomers])
+            except Exception as error:
+                for ticket in newcomers:  # they wait no longer and do not run yet
+                    ticket.on_done(error)
+                raise
             for row, ticket in zip(rows, newcomers, strict=True):
                 self._running[row] = ticket
             self._n_rows = max(self._n_rows, rows[-1] + 1, max(rows) + 1)

@@ -182,3 +182,16 @@ def test_layers_that_look_back_less_far_limit_the_positions(tokenizer):
     assert _window(MistralConfig(sliding_window=100)) == 100
     assert _window(MistralConfig(sliding_window=None)) == np.inf
     assert _window(small_llama().config) == np.inf
+
+
+def test_a_failure_while_slots_are_filled_is_told_to_those_who_were_to_have_them(local, monkeypatch):
+    """Newcomers had left the queue and stood in no slot yet: nobody told them, and they waited for ever."""
+    engine = ContinuousEngine.over(local, slots=2)
+    try:
+        with monkeypatch.context() as broken:
+            broken.setattr(engine._slots, "put", lambda *_: (_ for _ in ()).throw(MemoryError("no room")))
+            with pytest.raises(MemoryError, match="no room"):
+                list(engine.complete([Prompt("Na"), Prompt("Cl")], Sampling()))
+        assert len(list(engine.complete([Prompt("Na", request=NACL)], Sampling()))) == 1
+    finally:
+        engine.close()
