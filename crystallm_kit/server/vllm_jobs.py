@@ -252,7 +252,7 @@ def _lora(adapters: Mapping[str, Path], model: Path) -> tuple[str, ...]:
     rank = min(r for r in _RANKS if r >= needed)
     modules = [f"{name}={path}" for name, path in adapters.items()]
     return (
-        *("--enable-lora", "--max-loras", str(len(adapters)), "--max-lora-rank", str(rank)),
+        *("--enable-lora", "--max-loras", str(len(adapters) + 1), "--max-lora-rank", str(rank)),
         *("--lora-modules", *modules),
     )
 
