@@ -51,7 +51,14 @@ from crystallm_kit.server.shapes import (
     usage,
 )
 from crystallm_kit.server.state import ServerState, State
-from crystallm_kit.server.streaming import DONE, answered, event, event_stream, json_response
+from crystallm_kit.server.streaming import (
+    DONE,
+    answered,
+    event,
+    event_stream,
+    json_response,
+    stream_content,
+)
 from crystallm_kit.structures.spacegroups import spacegroup_symbol
 from crystallm_kit.text.conditions import conditions_to_dict, describe
 from crystallm_kit.text.words import Understood, understand
@@ -143,12 +150,7 @@ class ChatAnswer(BaseModel):
     crystals: dict[str, Any] | None = Field(description="Ours: conditions, seed, funnel of all choices.")
 
 
-_STREAM = {
-    "text/event-stream": {
-        "schema": {"type": "string"},
-        "example": 'data: {"object": "chat.completion.chunk", "choices": [...]}\n\ndata: [DONE]\n\n',
-    }
-}
+_STREAM = stream_content('data: {"object": "chat.completion.chunk", "choices": [...]}\n\ndata: [DONE]\n\n')
 
 
 @router.post(

@@ -38,7 +38,7 @@ from crystallm_kit.server.judge_worker import FORMATS
 from crystallm_kit.server.search import Finished, Found, Wanted, search
 from crystallm_kit.server.shapes import LONGEST_NAME, Body, StrictRoute, errors, refuse, usage
 from crystallm_kit.server.state import ServerState, State
-from crystallm_kit.server.streaming import DONE, answered, event, event_stream
+from crystallm_kit.server.streaming import DONE, answered, event, event_stream, stream_content
 from crystallm_kit.text.conditions import (
     check_conditions,
     combined,
@@ -169,13 +169,10 @@ class CrystalsAnswer(BaseModel):
     finish_reason: Literal["n", "budget"]
 
 
-_STREAM = {
-    "text/event-stream": {
-        "schema": {"type": "string"},
-        "example": 'event: crystal\ndata: {"index": 0, "formula": "BaTiO3", ...}\n\n'
-        'event: funnel\ndata: {"funnel": {...}, "usage": {...}, "finish_reason": "n"}\n\ndata: [DONE]\n\n',
-    }
-}
+_STREAM = stream_content(
+    'event: crystal\ndata: {"index": 0, "formula": "BaTiO3", ...}\n\n'
+    'event: funnel\ndata: {"funnel": {...}, "usage": {...}, "finish_reason": "n"}\n\ndata: [DONE]\n\n'
+)
 
 
 @router.post(

@@ -36,18 +36,20 @@ from crystallm_kit.server.shapes import (
     usage,
 )
 from crystallm_kit.server.state import ServerState, State
-from crystallm_kit.server.streaming import DONE, answered, event, event_stream, json_response
+from crystallm_kit.server.streaming import (
+    DONE,
+    answered,
+    event,
+    event_stream,
+    json_response,
+    stream_content,
+)
 from crystallm_kit.tokens.requests import request_to_json
 
 router = APIRouter(route_class=StrictRoute)
 _LONG_BODY = 20_000  # bytes
 STARTED = int(time.time())
-STREAM_CONTENT = {
-    "text/event-stream": {
-        "schema": {"type": "string"},
-        "example": 'data: {"object": "text_completion", "choices": [...]}\n\ndata: [DONE]\n\n',
-    }
-}
+_STREAM = stream_content('data: {"object": "text_completion", "choices": [...]}\n\ndata: [DONE]\n\n')
 
 
 @router.get("/v1/models", response_model=ModelList, responses=errors(401, 500), tags=["OpenAI"])
@@ -80,7 +82,7 @@ def _card(name: str, state: ServerState) -> dict[str, Any]:
 @router.post(
     "/v1/completions",
     response_model=CompletionAnswer,
-    responses={200: {"content": STREAM_CONTENT}, **errors()},
+    responses={200: {"content": _STREAM}, **errors()},
     tags=["OpenAI"],
 )
 async def completions(body: CompletionRequest, request: Request, state: State) -> Response:
