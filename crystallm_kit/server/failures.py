@@ -25,6 +25,7 @@ from crystallm_kit.server.admission import Overloaded
 from crystallm_kit.server.backend import BackendError, NotReady
 
 _SHOWN = 60  # characters of a wrong value that a message repeats
+_LONGEST_MESSAGE = 800
 # Fields that may have several forms, each of which has something to complain about.
 _FORMS = {
     "prompt": "a text, a list of texts, a list of token ids, or a list of such lists",
@@ -67,12 +68,18 @@ class Failure:
         kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
         return {
             "error": {
-                "message": self.message,
+                "message": _shortened(self.message),
                 "type": kind,
                 "param": self.param,
                 "code": self.code or _CODES.get(self.status),
             }
         }
+
+
+def _shortened(message: str) -> str:
+    """Return a message, without its middle where it repeats a very long value; advice stands at its end."""
+    half = _LONGEST_MESSAGE // 2
+    return message if len(message) <= _LONGEST_MESSAGE else f"{message[:half]} ... {message[-half:]}"
 
 
 class Refusal(CrystallmKitError):

@@ -74,8 +74,10 @@ def is_local(host: str) -> bool:
 def bound(host: str, port: int) -> socket.socket:
     """Return a socket that is bound and does not listen yet. Raises UserError if it cannot be."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        opened = socket.socket(family, kind)
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # asyncio sends small answers at once (TCP_NODELAY) only where the protocol is named; else each one on
+        # a connection that is kept waits for the client's delayed acknowledgement: 47 ms in place of 0.7
+        opened = socket.socket(family, kind, protocol)
         opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     except OSError as error:
         raise UserError(f"host '{host}': no address of this machine ({error.strerror})") from error

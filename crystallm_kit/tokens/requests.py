@@ -24,6 +24,7 @@ from crystallm_kit.tokens.wyckoff_tables import MAX_ELEMENTS, N_COUNTS, can_fill
 MAX_SITES = 64  # atoms in the primitive cell, unless a request says otherwise
 _MAX_ORDERS = 2_520  # of the counts of an anonymous formula; seven elements, two of one count
 _MAX_PLANS = _MAX_ORDERS * N_COUNTS
+_MOST_LEVELS = 8  # of the JSON of a request; conditions have 4
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,10 @@ def request_from_json(
     """
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"request '{text[:60]}': no JSON ({error})") from error
+    if _is_deeper(data, _MOST_LEVELS):
+        raise UserError(f"request '{text[:60]}': more than {_MOST_LEVELS} levels of lists and objects")
     if not isinstance(data, dict):
         raise UserError(f"request '{text[:60]}': expected a JSON object")
     if "conditions" in data:
@@ -201,7 +204,17 @@ def request_from_json(
     for key in data:
         if key not in known:
             raise UnknownName.among("key of a request", str(key), [*known, "conditions"])
+    if "elements" not in data:
+        raise UserError("request: elements: missing; ranks of the elements that may occur are expected")
     return _checked(Request(**{key: _integers(key, value) for key, value in data.items()}))  # type: ignore[arg-type]
+
+
+def _is_deeper(value: object, n_levels: int) -> bool:
+    """Tell whether lists and objects stand in each other more than so many levels deep."""
+    if not isinstance(value, list | dict):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return n_levels == 0 or any(_is_deeper(entry, n_levels - 1) for entry in inner)
 
 
 def _integers(key: str, value: object) -> int | tuple[int, ...] | tuple[tuple[int, ...], ...]:

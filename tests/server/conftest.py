@@ -1,7 +1,6 @@
 """What the tests of the server share: the shipped model behind a real uvicorn on a free port."""
 
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -39,8 +38,9 @@ def run_app(app: Any) -> Iterator[LiveServer]:
     """Serve an app on a free port, in a thread, until the block ends."""
     import uvicorn
 
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
+    from crystallm_kit.server.run import bound
+
+    listener = bound("127.0.0.1", 0)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
