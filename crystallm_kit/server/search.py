@@ -183,7 +183,7 @@ class _Search:
         """Ask the backend for as many samples as are worth it, and for the redraws that wait."""
         if self._to_redraw:
             asks = [self._prompts.redraw(*again) for again in self._to_redraw]
-            self._start_wave(asks, [number for number, _, _ in self._to_redraw], self._to_redraw[0][1])
+            self._start_wave(asks, len(asks), [attempt for _, attempt, _ in self._to_redraw])
             self._to_redraw = []
         under_way = self.n_drawn - self.n_decided
         room = self.width - self.n_in_backend
@@ -199,19 +199,21 @@ class _Search:
             return
         numbers = range(self.n_drawn, self.n_drawn + n)
         self.n_drawn += n
-        self._start_wave(list(self._prompts.asks(numbers)), list(numbers), 0)
+        asks = list(self._prompts.asks(numbers))
+        self._start_wave(asks, n, [0] * len(asks))
 
-    def _start_wave(self, asks: Sequence[Ask], numbers: Sequence[int], attempt: int) -> None:
-        self.n_in_backend += len(numbers)
-        self._start(lambda: self._wave(asks, attempt))
+    def _start_wave(self, asks: Sequence[Ask], n: int, attempts: Sequence[int]) -> None:
+        """Ask for n samples; `attempts` has one number for each ask: how often its samples were redrawn."""
+        self.n_in_backend += n
+        self._start(lambda: self._wave(asks, attempts))
 
-    async def _wave(self, asks: Sequence[Ask], attempt: int) -> None:
+    async def _wave(self, asks: Sequence[Ask], attempts: Sequence[int]) -> None:
         completions = self.state.backend.completions(asks)
         async with contextlib.aclosing(_generator(completions)) as arriving:
             async for position, completion in arriving:
                 ask = asks[position]
                 number = ask.first_index if ask.n == 1 else completion.index
-                self._arrivals.put_nowait((number, attempt, completion))
+                self._arrivals.put_nowait((number, attempts[position], completion))
 
     def _start(self, work: Callable[[], Awaitable[None]]) -> None:
         """Run something beside the loop; what it raises arrives there."""

@@ -267,6 +267,7 @@ def _client(place: Place, name: str, **job: Any) -> dict[str, Any]:
     """Run a client as a process of its own, and return what it found."""
     file = place.out / f"{name}.client.json"
     file.write_text(json.dumps(job))
+    started = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "crystallm_kit.server.speed", "--client", str(file)],
         stdout=subprocess.PIPE,
@@ -275,6 +276,8 @@ def _client(place: Place, name: str, **job: Any) -> dict[str, Any]:
     if done.returncode:
         raise UserError(f"the client of {name} failed")
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    rate = found.get("valid_per_second") or found.get("sequences_per_second") or 0.0
+    print(f"{name}: {rate:.0f}/s, {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     return found
 
 
@@ -559,6 +562,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vllm-python", metavar="PATH")
     parser.add_argument("--vllm-args", default="", metavar="TEXT")
     parser.add_argument("--kv-cache-gb", type=float, metavar="GB")
+    parser.add_argument(
+        "--row-seconds", type=float, default=1800, metavar="S", help="a row is ended after it"
+    )
     parser.add_argument("--client", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -597,10 +603,12 @@ def _all(options: argparse.Namespace, place: Place, arguments: list[str]) -> int
     for name in names:
         started = time.perf_counter()
         command = [sys.executable, "-m", "crystallm_kit.server.speed", *arguments, "--inside", name]
-        done = subprocess.run(command, check=False)
+        code = _within(command, options.row_seconds)
         file = place.out / f"{name}.json"
-        row = json.loads(file.read_text()) if done.returncode == 0 and file.is_file() else {}
-        row = row or {"failed": f"exit code {done.returncode}"}
+        row = json.loads(file.read_text()) if code == 0 and file.is_file() else {}
+        row = row or {
+            "failed": f"not done in {options.row_seconds} s" if code is None else f"exit code {code}"
+        }
         found["rows"][name] = {**row, "row_seconds": time.perf_counter() - started}
         (place.out / "results.json").write_text(json.dumps(found, indent=1))
         print(name, json.dumps(found["rows"][name]), flush=True)
@@ -608,6 +616,17 @@ def _all(options: argparse.Namespace, place: Place, arguments: list[str]) -> int
     (place.out / "table.md").write_text(text + "\n")
     print(text)
     return 0
+
+
+def _within(command: Sequence[str], seconds: float) -> int | None:
+    """Run a command and all that it starts for so long; return its exit code, None if it had to be ended."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return None
 
 
 if __name__ == "__main__":
