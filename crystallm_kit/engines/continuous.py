@@ -61,6 +61,10 @@ class Ticket:
         self.cancelled = True
 
 
+_Told = tuple[Ticket, int, float, tuple[tuple[int, float], ...]]  # token, its log-probability, the likeliest
+_Finished = tuple[Ticket, int, list[int], float]  # state, ids, log-probability
+
+
 class ContinuousEngine(TransformersEngine):
     """A causal LM of transformers whose batch changes at every token.
 
@@ -366,9 +370,10 @@ class ContinuousEngine(TransformersEngine):
         """Collect the step that is under way and launch the next one; what the first one finished, and who
         takes its slots, is seen to meanwhile.
         """
-        told: list[tuple[Ticket, int, float, tuple[tuple[int, float], ...]]] = []
-        finished: list[tuple[Ticket, int, list[int], float]] = []
-        if self._n_launched:
+        told: list[_Told] = []
+        finished: list[_Finished] = []
+        is_collected = self._n_launched > 0
+        if is_collected:
             n, self._n_launched = self._n_launched, 0
             states = self._slots.collect(n)
             told = self._newest_tokens(n)
@@ -380,17 +385,22 @@ class ContinuousEngine(TransformersEngine):
                 ticket, self._running[row] = self._running[row], None
                 if ticket is not None:
                     finished.append((ticket, int(states[row]), ids, log_probability))
-            if self.device.type != "cpu":  # there the step is computed when it is launched
+        try:
+            if is_collected and self.device.type != "cpu":  # there the step is computed when it is launched
                 self._launch()
+        finally:  # who is done is told so, even where the others' next step fails
+            self._tell(told, finished)
+        self._fill()
+        if not self._n_launched:
+            self._launch()
+
+    def _tell(self, told: Sequence[_Told], finished: Sequence[_Finished]) -> None:
         for ticket, token, log, top in told:
             if not ticket.cancelled and ticket.on_token is not None:
                 ticket.on_token(token, log, top)
         for ticket, state, ids, log_probability in finished:
             if not ticket.cancelled:
                 ticket.on_done(self._outcome(ticket, state, ids, log_probability))
-        self._fill()
-        if not self._n_launched:
-            self._launch()
 
     def _launch(self) -> None:
         running = [t for t in self._running[: self._n_rows] if t is not None and not t.cancelled]
@@ -410,7 +420,7 @@ class ContinuousEngine(TransformersEngine):
             ticket.prompt.text, text, tuple(ids), stop, log_probability, sample.sampling.seed, sample.index
         )
 
-    def _newest_tokens(self, n: int) -> list[tuple[Ticket, int, float, tuple[tuple[int, float], ...]]]:
+    def _newest_tokens(self, n: int) -> list[_Told]:
         """Return the token that was drawn last for each sample that wants to know."""
         told = [
             (row, t) for row, t in enumerate(self._running[:n]) if t is not None and t.on_token is not None

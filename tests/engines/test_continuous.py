@@ -195,3 +195,71 @@ def test_a_failure_while_slots_are_filled_is_told_to_those_who_were_to_have_them
         assert len(list(engine.complete([Prompt("Na", request=NACL)], Sampling()))) == 1
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("fails", ["put", "launch", "collect"])
+def test_a_failure_is_told_once_to_all_who_had_slots_and_the_others_go_on(local, monkeypatch, fails):
+    engine = ContinuousEngine.over(local, slots=2)
+    outcomes: dict[int, list[object]] = {i: [] for i in range(6)}
+    first_token, is_broken = threading.Event(), threading.Event()
+    whole = getattr(engine._slots, fails)
+
+    def once(*arguments, **options):
+        if is_broken.is_set():
+            is_broken.clear()
+            raise MemoryError("no room")
+        return whole(*arguments, **options)
+
+    monkeypatch.setattr(engine._slots, fails, once)
+    try:
+        engine.submit(
+            Prompt("Na"), Sampling(seed=0, max_new_tokens=200),
+            on_token=lambda *_: first_token.set(), on_done=outcomes[0].append,
+        )  # fmt: skip
+        assert first_token.wait(60)
+        is_broken.set()
+        done = queue.SimpleQueue()
+        for i in range(1, 6):
+            engine.submit(
+                Prompt("Cl", request=NACL), Sampling(seed=i),
+                on_done=lambda outcome, i=i: (outcomes[i].append(outcome), done.put(i)),
+            )  # fmt: skip
+        assert sorted(done.get(timeout=60) for _ in range(5)) == [1, 2, 3, 4, 5]
+    finally:
+        engine.close()
+    assert [len(outcome) for outcome in outcomes.values()] == [1] * 6
+    failed = [i for i, (outcome,) in outcomes.items() if isinstance(outcome, MemoryError)]
+    assert 0 in failed
+    assert len(failed) <= 2
+    assert all(isinstance(outcome, Completion) for i, (outcome,) in outcomes.items() if i not in failed)
+
+
+def test_who_is_done_is_told_so_even_where_the_next_step_of_the_others_fails(local, monkeypatch):
+    """On a GPU the next step is launched first: where that failed, finished samples were told nothing."""
+    engine = ContinuousEngine.over(local, slots=16)
+    outcomes = queue.SimpleQueue()
+    whole = engine._launch
+
+    def launch():
+        if engine.n_running == 1:  # the short one has just been collected
+            raise MemoryError("no room")
+        whole()
+
+    monkeypatch.setattr(engine, "_launch", launch)
+    monkeypatch.setattr(engine, "device", torch.device("meta"))  # any but a CPU
+    try:
+        with engine._changed:  # both at once
+            for n in (3, 200):
+                engine._waiting.append(
+                    engine._ticket(
+                        Prompt("Na"), Sampling(seed=0, max_new_tokens=n), 0, None, None, None,
+                        lambda outcome, n=n: outcomes.put((n, outcome)),
+                    )
+                )  # fmt: skip
+            engine._changed.notify()
+        ended = dict(outcomes.get(timeout=20) for _ in range(2))
+    finally:
+        engine.close()
+    assert isinstance(ended[3], Completion)
+    assert len(ended[3].token_ids) == 3
+    assert isinstance(ended[200], MemoryError)

@@ -1,15 +1,22 @@
-"""What the tests of the server share: the shipped model behind a real uvicorn on a free port."""
+"""What the tests of the server share: the shipped model behind a real uvicorn on a free port, and the command
+`crystallm-kit serve` as a process of its own."""
 
 import contextlib
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 ADAPTER = "bulk-modulus"
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -110,3 +117,57 @@ def live_server(local_state) -> Iterator[LiveServer]:
 
     with run_app(create_app(local_state)) as server:
         yield server
+
+
+class Command:
+    """`crystallm-kit serve` that runs."""
+
+    def __init__(self, *arguments, **environment):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "crystallm_kit", "serve", "--port", "0", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        )
+        self.lines = []
+        while not self.lines or "curl" not in self.lines[-1]:
+            line = self.process.stdout.readline()
+            assert line, self.process.stderr.read()
+            self.lines.append(line)
+        self.url = next(w for line in self.lines for w in line.split() if w.startswith("http://"))
+
+    def post(self, path, body, **settings):
+        import httpx
+
+        return httpx.post(self.url + path, json=body, timeout=60, trust_env=False, **settings)
+
+    def get(self, path):
+        import httpx
+
+        return httpx.get(self.url + path, timeout=10, trust_env=False)
+
+    def end(self, *, within=30.0):
+        out, err = self.process.communicate(timeout=within)
+        return self.process.returncode, out, err
+
+    def tell(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+
+
+@contextlib.contextmanager
+def command(*arguments, **environment):
+    made = Command(*arguments, **environment)
+    try:
+        yield made
+    finally:
+        made.process.kill()
+        made.process.wait()
+        made.process.stdout.close()
+        made.process.stderr.close()
+
+
+@pytest.fixture(scope="session")
+def serve_command() -> Any:
+    """Return command: a context manager that runs `crystallm-kit serve` with some arguments."""
+    return command

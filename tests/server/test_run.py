@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -29,53 +28,9 @@ PRETRAINED = ROOT / "crystallm_kit" / "pretrained"
 BULK = PRETRAINED / "adapters" / "bulk-modulus"
 
 
-class Command:
-    """`crystallm-kit serve` that runs."""
-
-    def __init__(self, *arguments, **environment):
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "crystallm_kit", "serve", "--port", "0", *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        )
-        self.lines = []
-        while not self.lines or "curl" not in self.lines[-1]:
-            line = self.process.stdout.readline()
-            assert line, self.process.stderr.read()
-            self.lines.append(line)
-        self.url = next(w for line in self.lines for w in line.split() if w.startswith("http://"))
-
-    def post(self, path, body, **settings):
-        return httpx.post(self.url + path, json=body, timeout=60, trust_env=False, **settings)
-
-    def get(self, path):
-        return httpx.get(self.url + path, timeout=10, trust_env=False)
-
-    def end(self, *, within=30.0):
-        out, err = self.process.communicate(timeout=within)
-        return self.process.returncode, out, err
-
-    def tell(self, number=signal.SIGTERM):
-        self.process.send_signal(number)
-
-
-@contextlib.contextmanager
-def command(*arguments, **environment):
-    made = Command(*arguments, **environment)
-    try:
-        yield made
-    finally:
-        made.process.kill()
-        made.process.wait()
-        made.process.stdout.close()
-        made.process.stderr.close()
-
-
 @pytest.fixture
-def toy_server(toy_model):
-    with command("--model", toy_model, "--slots", "4", "--drain-seconds", "120") as made:
+def toy_server(toy_model, serve_command):
+    with serve_command("--model", toy_model, "--slots", "4", "--drain-seconds", "120") as made:
         yield made
 
 
@@ -137,8 +92,8 @@ def test_a_second_signal_ends_it_at_once(toy_server):
 
 
 @pytest.mark.slow
-def test_what_does_not_finish_in_time_is_given_up(toy_model):
-    with command("--model", toy_model, "--slots", "1", "--drain-seconds", "0.2") as server:
+def test_what_does_not_finish_in_time_is_given_up(toy_model, serve_command):
+    with serve_command("--model", toy_model, "--slots", "1", "--drain-seconds", "0.2") as server:
         body = {**LONG, "n": 1000}
         with httpx.stream("POST", f"{server.url}/v1/completions", json=body, trust_env=False) as answer:
             lines = answer.iter_lines()  # without a name its end would close the connection
@@ -168,11 +123,11 @@ def test_a_public_address_without_a_key_is_refused(run):
 
 
 @pytest.mark.slow
-def test_a_public_address_with_a_key_is_taken(toy_model, tmp_path):
+def test_a_public_address_with_a_key_is_taken(toy_model, tmp_path, serve_command):
     keys = tmp_path / "keys"
     keys.write_text("sk-0123456789abcdef\n")
     keys.chmod(0o600)
-    with command("--model", toy_model, "--host", "0.0.0.0", "--api-key-file", keys) as server:
+    with serve_command("--model", toy_model, "--host", "0.0.0.0", "--api-key-file", keys) as server:
         body = {"prompt": "crystal\n", "max_tokens": 3}
         assert server.post("/v1/completions", body).status_code == 401
         right = {"Authorization": "Bearer sk-0123456789abcdef"}
@@ -309,8 +264,8 @@ def stand_in():
         process.kill()
 
 
-def test_in_front_of_another_server_all_routes_work(toy_model, stand_in):
-    with command("--model", toy_model, "--upstream", stand_in) as server:
+def test_in_front_of_another_server_all_routes_work(toy_model, stand_in, serve_command):
+    with serve_command("--model", toy_model, "--upstream", stand_in) as server:
         until = time.monotonic() + 10
         while server.get("/readyz").status_code != 200:
             assert time.monotonic() < until
