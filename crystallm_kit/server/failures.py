@@ -12,7 +12,9 @@
 Not here: who catches what (app.py), errors within a stream (streaming.py).
 """
 
+import logging
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,6 +26,7 @@ from crystallm_kit.errors import CrystallmKitError, UnknownName, UserError, did_
 from crystallm_kit.server.admission import Overloaded
 from crystallm_kit.server.backend import BackendError, NotReady
 
+log = logging.getLogger(__name__)
 _SHOWN = 60  # characters of a wrong value that a message repeats
 _LONGEST_MESSAGE = 800
 # Fields that may have several forms, each of which has something to complain about.
@@ -110,13 +113,22 @@ def failure_of(error: BaseException, request_id: str = "") -> Failure:
         return Failure(429, str(error), headers={"Retry-After": str(error.retry_after)})
     if isinstance(error, NotReady):
         seconds = str(max(1, math.ceil(error.retry_after)))
-        return Failure(503, str(error), headers={"Retry-After": seconds})
+        return Failure(503, _without_addresses(str(error)), headers={"Retry-After": seconds})
     if isinstance(error, BackendError):
-        return Failure(502, str(error))
+        log.warning("request %s: %s", request_id, error)
+        return Failure(502, _without_addresses(str(error)))
     if isinstance(error, UserError):
         return Failure(400, str(error), code=code_of(error))
     where = f" The server's log has it under {request_id}." if request_id else ""
     return Failure(500, f"a fault in the server.{where}")
+
+
+def _without_addresses(message: str) -> str:
+    """Return a message without the addresses of servers behind this one, which are not the clients' business.
+
+    They may even hold a name and a password.
+    """
+    return re.sub(r"\b[a-z]+://[^\s'\"),;]*[^\s'\"),;:.]", "(address)", message)
 
 
 def _of_http(error: HTTPException) -> Failure:

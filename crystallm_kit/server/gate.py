@@ -56,6 +56,7 @@ class _Passage:
         self.bytes_in = 0
         self.bytes_out = 0
         self.body_is_whole = False
+        self.body_until = 0.0
         self.headers = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in scope["headers"]}
 
     async def run(self) -> None:
@@ -115,8 +116,10 @@ class _Passage:
         """Pass on what the client sends, up to the bound. Raises HTTPException (413, 408)."""
         if self.body_is_whole:
             return await self._receive()
+        # of the whole body: who sends a byte now and then would stay for ever
+        self.body_until = self.body_until or time.monotonic() + BODY_SECONDS
         try:
-            async with asyncio.timeout(BODY_SECONDS):
+            async with asyncio.timeout(max(0.0, self.body_until - time.monotonic())):
                 message = await self._receive()
         except TimeoutError as error:
             raise HTTPException(408, f"the body did not arrive within {BODY_SECONDS:g} s") from error

@@ -9,12 +9,14 @@ Not here: which routes ask for a key (gate.py).
 
 import hashlib
 import hmac
+import logging
 import os
 import stat
 from pathlib import Path
 
 from crystallm_kit.errors import ReadError
 
+log = logging.getLogger(__name__)
 _SHORTEST = 16  # characters: 16 of base64 are 96 bits, which nobody guesses over a network
 
 
@@ -49,6 +51,8 @@ class Keys:
             raise ReadError(f"key file {path}: cannot be read ({type(error).__name__})") from error
         if mode & stat.S_IWOTH:
             raise ReadError(f"key file {path}: everybody may write to it. Run: chmod 600 {path}")
+        if mode & stat.S_IROTH:
+            log.warning("key file %s: everybody on this machine may read it. Run: chmod 600 %s", path, path)
         found = []
         for number, line in enumerate(text.splitlines(), start=1):
             key = line.partition("#")[0].strip()

@@ -14,6 +14,7 @@ from fastapi.testclient import TestClient
 
 from crystallm_kit.errors import UserError
 from crystallm_kit.server.app import create_app
+from crystallm_kit.server.backend import BackendError, NotReady
 from crystallm_kit.server.failures import failure_of
 from crystallm_kit.server.state import ServerSettings
 from crystallm_kit.server.streaming import ClientGone, event_stream
@@ -217,6 +218,36 @@ def test_a_body_that_does_not_arrive_is_given_up(live_server, monkeypatch):
         began = time.monotonic()
         assert connection.recv(12) == b"HTTP/1.1 408"
     assert time.monotonic() - began < 5
+
+
+def test_a_body_that_trickles_is_given_up_too(live_server, monkeypatch):
+    """The time was that of each piece, and a byte now and then held a connection for ever."""
+    import socket
+
+    monkeypatch.setattr("crystallm_kit.server.gate.BODY_SECONDS", 0.5)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", live_server.port), timeout=0.1) as connection:
+        connection.sendall(head)
+        said = b""
+        for _ in range(40):
+            connection.sendall(b" ")
+            try:
+                said = connection.recv(12)
+                break
+            except TimeoutError:
+                continue
+    assert said == b"HTTP/1.1 408"
+
+
+def test_addresses_behind_the_server_are_not_told():
+    for error in (
+        BackendError("the engine at http://me:swordfish@10.0.0.7:8001 failed in the middle (ReadError)"),
+        NotReady("no engine is ready: http://me:swordfish@10.0.0.7:8001: ConnectError; all are busy"),
+    ):
+        message = failure_of(error).message
+        assert "swordfish" not in message
+        assert "10.0.0.7" not in message
+        assert "(address)" in message
 
 
 # ---------------------------------------------------------------- the log

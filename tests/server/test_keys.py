@@ -67,6 +67,16 @@ def test_a_file_that_everybody_may_write_to_is_refused(key_file):
         Keys.from_file(key_file)
 
 
+def test_a_file_that_everybody_may_read_is_warned_of(key_file, caplog):
+    key_file.chmod(0o600)
+    Keys.from_file(key_file)
+    assert not caplog.text
+    key_file.chmod(0o644)
+    assert Keys.from_file(key_file)
+    assert "chmod 600" in caplog.text
+    assert KEY not in caplog.text
+
+
 def test_a_missing_file_is_an_error_not_an_open_door(tmp_path):
     with pytest.raises(ReadError, match="cannot be read"):
         Keys.from_file(tmp_path / "none.txt")

@@ -144,6 +144,7 @@ def test_what_cannot_be_said_is_reported_and_the_rest_is_understood(sentence):
         ("band gap above 4 eV, gap below 2 eV", ImpossibleRequest, "no value lies between 4"),
         ("Li0.5CoO2", ImpossibleRequest, "whole numbers"),
         ("a " * 501, UserError, "at most 1000"),
+        ("NaCl with " + "1" * 900, UserError, "more than 30 digits"),
         ("0 candidates", ImpossibleRequest, "expected 1 or more"),
     ],
 )
