@@ -31,7 +31,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Request, Response
@@ -79,7 +79,7 @@ class Message(BaseModel):
     """One message of a conversation. Fields beside these are taken and left alone."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
 
     def words(self) -> str:
         """Return the message's text."""
@@ -93,6 +93,7 @@ class ChatRequest(DrawingFields):
 
     messages: list[Message] = Field(
         min_length=1,
+        fail_fast=True,
         description="The last one of the user is read.",
         examples=[[{"role": "user", "content": "two cubic perovskites of Ba, Ti and O"}]],
     )

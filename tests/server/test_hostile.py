@@ -173,6 +173,33 @@ def test_ten_megabytes_are_refused_by_every_route(http, path):
 
 
 @pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": [-1] * 230_000}),
+        ("/v1/completions", {"prompt": [[-1]] * 150_000}),
+        ("/v1/completions", {"prompt": ["a"] * 190_000}),
+        ("/v1/completions", {"stop": [""] * 200_000}),
+        ("/v1/chat/completions", {"messages": [{}] * 230_000}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{}] * 200_000}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "1" * 1000}]}),
+        ("/v1/crystals", {f"k{i}": 1 for i in range(70_000)}),
+        ("/v1/crystals", {"conditions": {f"k{i}": 1 for i in range(70_000)}}),
+        ("/v1/crystals", {"conditions": {"elements": ["Na"] * 140_000 + ["Xx"]}}),
+        ("/v1/crystals", {"conditions": {"properties": {f"k{i}": 1 for i in range(70_000)}}}),
+        ("/v1/crystals", {"prompt": "1" * 1000}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else repr(value)[:40],
+)
+def test_a_megabyte_of_mistakes_keeps_nobody_waiting(http, path, body):
+    """A list of wrong token ids held the event loop for 4 s: each of them was to be told of."""
+    content = json.dumps(body, separators=(",", ":")).encode()
+    assert len(content) < 1_000_000
+    began = time.process_time()  # of client and server, which are one process here
+    assert_refused(http.post(path, content=content, headers=JSON))
+    assert time.process_time() - began < 1.5
+
+
+@pytest.mark.parametrize(
     "crystal",
     [
         "", "{}", "[]", "1", "NaN", "null", "[" * 50_000, '{"elements":' + "[" * 450 + "]" * 450 + "}",
