@@ -252,7 +252,9 @@ class _Search:
             else:
                 self._take_completion(*thing)
         self._judge()
-        if not self._is_deciding:
+        decided = -1
+        while not self._is_deciding and decided != self.n_decided:
+            decided = self.n_decided
             yield from self._decide()
 
     def _take_completion(self, number: int, attempt: int, completion: Completion) -> None:
