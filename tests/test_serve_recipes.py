@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 from crystallm_kit.cli import _parser
+from crystallm_kit.server.speed import options_of_speed
 
 ROOT = Path(__file__).parents[1]
 SERVE = ROOT / "serve"
@@ -168,7 +169,8 @@ def test_options_that_sentences_name_exist():
     """In sentences commands are cut short: `--engines` alone, or `crystallm-kit serve --upstream`."""
     text = README.read_text(encoding="utf-8")
     text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-    ours = options_of("serve")
+    speed = {option for action in options_of_speed()._actions for option in action.option_strings}
+    ours = options_of("serve") | speed
     others = {"--data-parallel-size", "--tensor-parallel-size", "--format", "--enable-scale-out"}
     named = set(re.findall(r"(?<![\w-])(--[a-z][a-z-]+)", text))
     assert named - ours <= others, named - ours - others

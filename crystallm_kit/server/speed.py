@@ -548,8 +548,8 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the rows, one process each, and print the table. Results are written as they come."""
+def options_of_speed() -> argparse.ArgumentParser:
+    """Return the options of the command."""
     parser = argparse.ArgumentParser(prog="python -m crystallm_kit.server.speed", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--out", type=Path, default=Path("speed"), metavar="DIR")
@@ -567,7 +567,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--client", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--inside", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the rows, one process each, and print the table. Results are written as they come."""
+    options = options_of_speed().parse_args(arguments)
     if options.client is not None:
         return _be_client(json.loads(options.client.read_text()))
     place = Place(

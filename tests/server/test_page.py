@@ -46,7 +46,8 @@ def test_every_file_of_the_page_is_served_whole_with_its_type(client, path):
 @pytest.mark.parametrize(
     "name",
     [
-        "..%2fstate.py", "%2e%2e%2fstate.py", "..%2f..%2f..%2fpyproject.toml", "%2fetc%2fpasswd", "vendor", "",
+        "..%2fstate.py", "%2e%2e%2fstate.py", "..%2f..%2f..%2fpyproject.toml", "%2fetc%2fpasswd", "vendor",
+        "",
         "style.css%00", "..\\state.py", "web/style.css", "vendor%2f3dmol-2.5.5.min.js", "STYLE.css",
     ],
 )  # fmt: skip
