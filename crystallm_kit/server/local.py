@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from crystallm_kit.engines.continuous import ContinuousEngine
+from crystallm_kit.engines.texts import Texts
 from crystallm_kit.errors import UserError
 from crystallm_kit.records import Completion
 from crystallm_kit.server.backend import Ask, BackendError, NotReady, Piece, Token
-from crystallm_kit.tokens.tokenizer import encode_strict, prompt_ids
 
 log = logging.getLogger(__name__)
 _REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no whole character yet
@@ -315,21 +315,20 @@ class _Growth:
 
 
 class _Texts:
-    """The texts of tokens, of one tokenizer."""
+    """The texts of tokens one by one, of one tokenizer."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._whole = Texts(tokenizer)
         self._end_id = tokenizer.eos_token_id
-        self._is_of_a_format = type(tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
+        self._is_of_a_format = self._whole.is_of_a_format
         self._alone: dict[int, str] = {}
 
     def prompt_ids(self, ask: Ask) -> tuple[int, ...]:
         """Return the token ids of an ask's prompt. Raises ParseError for text that the model cannot read."""
         if ask.prompt_ids is not None:
             return ask.prompt_ids
-        return tuple(
-            (encode_strict if self._is_of_a_format else prompt_ids)(self._tokenizer, ask.prompt.text)
-        )
+        return tuple(self._whole.prompt_ids(ask.prompt.text))
 
     def of(self, id: int) -> str:
         """Return one token's text, as it is alone."""
