@@ -154,8 +154,10 @@ class ContinuousEngine(TransformersEngine):
             self.adapters.model(adapter).set_attn_implementation(name)
         return True
 
-    def _positions(self) -> int:
-        return int(min(super()._positions(), self._window))
+    @property
+    def max_positions(self) -> int:
+        """Return how many tokens prompt and completion may have together."""
+        return int(min(super().max_positions, self._window))
 
     @property
     def n_slots(self) -> int:
@@ -218,17 +220,11 @@ class ContinuousEngine(TransformersEngine):
     ) -> Ticket:
         self.adapters.check(prompt.adapter)
         ids = self._ids_of_prompt(prompt.text) if prompt_ids is None else tuple(prompt_ids)
-        if not ids:
-            raise UserError("an empty prompt; a model goes on from at least one token")
+        self.texts.check_prompt(ids, self.max_positions)
+        self.texts.check_request(prompt)
         n_tokens = self.model.config.vocab_size
         if prompt_ids is not None and not all(0 <= i < n_tokens for i in ids):
             raise UserError(f"prompt: a token id outside of 0 to {n_tokens - 1}")
-        if len(ids) >= self.max_positions:
-            raise UserError(
-                f"a prompt of {len(ids)} tokens; the model has {self.max_positions} positions in all"
-            )
-        if prompt.request is not None and not self.has_wyckoff_ids:
-            self._constraint([prompt])  # says so
         if n_top is not None and n_top > MAX_TOP:
             raise UserError(f"log-probabilities of {n_top} alternatives; at most {MAX_TOP}")
         sample = SlotSample(
@@ -272,10 +268,6 @@ class ContinuousEngine(TransformersEngine):
         finally:
             for ticket in tickets:
                 ticket.cancel()
-
-    def text_of(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
-        """Return the text that some ids after a prompt are."""
-        return self.texts.text_of(prompt_ids, ids)
 
     def close(self) -> None:
         """Stop; what waits or runs is told so."""
@@ -334,7 +326,7 @@ class ContinuousEngine(TransformersEngine):
                 raise
             for row, ticket in zip(rows, newcomers, strict=True):
                 self._running[row] = ticket
-            self._n_rows = max(self._n_rows, rows[-1] + 1, max(rows) + 1)
+            self._n_rows = max(self._n_rows, rows[-1] + 1)
         self._close_gaps()
 
     def _newcomers(self, n: int, *, is_idle: bool) -> list[Ticket]:

@@ -32,6 +32,7 @@ from crystallm_kit.engines.engine import Prompt, Sampling
 from crystallm_kit.errors import ImpossibleRequest, UserError
 from crystallm_kit.records import Completion, StopReason
 from crystallm_kit.text.representation import Alphabet, cut
+from crystallm_kit.text.wyckoff import NumberLine
 from crystallm_kit.tokens.requests import request_to_json
 
 Kind = Literal["crystallm-kit", "vllm", "other"]
@@ -245,15 +246,10 @@ class Wire:
         )
 
     def _temperatures(self, ids: Sequence[int], sampling: Sampling) -> list[float]:
-        """Return the temperature of each token of a `wyckoff` text: its numbers are its last line."""
-        found, in_numbers, at_line_start = [], False, True
-        for i in ids:
-            text = self.alphabet.tokens[i] if self.alphabet is not None else ""
-            in_numbers |= at_line_start and text[:1].isdigit()
-            at_line_start = text.endswith("\n")
-            numbers = sampling.number_temperature or 0.0
-            found.append(numbers if in_numbers else max(sampling.temperature, 0.01))
-        return found
+        """Return the temperature of each token of a `wyckoff` text."""
+        line, numbers = NumberLine(), sampling.number_temperature or 0.0
+        texts = (self.alphabet.tokens[i] if self.alphabet is not None else "" for i in ids)
+        return [numbers if line.holds(text) else max(sampling.temperature, 0.01) for text in texts]
 
 
 def _has_own_numbers(sampling: Sampling) -> bool:

@@ -8,7 +8,7 @@ graph. Samples stand in the first rows; a step works on these alone.
     slots.put([0, 1], samples)         prompt read, first token not drawn yet
     slots.launch(2)                    one token more; on a GPU this returns at once
     states = slots.collect(2)          (2,) uint8: RUNNING, STOPPED, CUT or FORBIDDEN
-    slots.written(0)                   token ids and their log-probability
+    slots.written([0])                 [(token ids, their log-probability)]
 
 What a prompt leaves in the key-value cache is kept for the next sample with the same prompt.
 
@@ -346,7 +346,7 @@ class Slots:
         if known is None or known.plans.data_ptr() != self.constraint.plans.data_ptr():
             if len(self._views) > 64:
                 self._views.clear()
-            known = self._views[n] = self.constraint.first(n)
+            known = self._views[n] = self.constraint.take(slice(n))
         known.tracks = self.constraint.tracks
         return known
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from crystallm_kit.engines.engine import Prompt
+from crystallm_kit.errors import UserError
 from crystallm_kit.text.wyckoff import TOKENS
 from crystallm_kit.tokens.cutting import BaseCutter
 from crystallm_kit.tokens.tokenizer import encode_strict, prompt_ids
@@ -41,6 +42,27 @@ class Texts:
             [[i] for i in range(len(self.tokenizer))], skip_special_tokens=False
         )
         return defaultdict(str, enumerate(words))  # rows of a model beyond its alphabet are no text
+
+    def check_prompt(self, ids: Sequence[int], max_positions: int) -> None:
+        """Raise UserError for a prompt that is empty or leaves no room for a completion."""
+        if not ids:
+            raise UserError("an empty prompt; a model goes on from at least one token")
+        if len(ids) >= max_positions:
+            raise UserError(f"a prompt of {len(ids)} tokens; the model has {max_positions} positions in all")
+
+    def check_request(self, prompt: Prompt) -> None:
+        """Raise UserError for a constraint that the tokenizer's ids cannot be held to."""
+        if prompt.request is not None and not self.has_wyckoff_ids:
+            raise UserError(
+                "a request needs a tokenizer whose ids are those of the wyckoff format; this model's are "
+                "others. Sample it unconstrained."
+            )
+
+    def token_text(self, id: int) -> str:
+        """Return one token's text, as it is alone."""
+        if self.is_of_a_format:
+            return self._words[id]
+        return str(self.tokenizer.decode([id], skip_special_tokens=False))
 
     def prompt_ids(self, text: str) -> list[int]:
         """Return the ids of a prompt. Raises UserError where a format's alphabet does not cover it."""

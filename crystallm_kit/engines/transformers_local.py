@@ -22,7 +22,7 @@ from crystallm_kit.engines.drawing import draw, uniform_numbers
 from crystallm_kit.engines.engine import Prompt, Sampling
 from crystallm_kit.engines.stopping import stop_table
 from crystallm_kit.engines.texts import Texts
-from crystallm_kit.errors import ImpossibleRequest, UserError
+from crystallm_kit.errors import ImpossibleRequest
 from crystallm_kit.models.adapter_set import AdapterSet
 from crystallm_kit.models.bases import max_positions
 from crystallm_kit.records import Completion, StopReason
@@ -87,13 +87,9 @@ class TransformersEngine:
         for name in {p.adapter for p in prompts}:
             self.adapters.check(name)
         ids = [self.texts.prompt_ids(p.text) for p in prompts]
-        if not all(ids):
-            raise UserError("an empty prompt; a model goes on from at least one token")
-        longest = max(map(len, ids), default=0)
-        if longest >= self._positions():
-            raise UserError(
-                f"a prompt of {longest} tokens; the model has {self._positions()} positions in all"
-            )
+        for prompt, prompt_ids in zip(prompts, ids, strict=True):
+            self.texts.check_prompt(prompt_ids, self.max_positions)
+            self.texts.check_request(prompt)
         given = [self.texts.given_ids(p) for p in prompts]
         order = sorted(range(len(prompts)), key=lambda i: (*self._kind(prompts[i], ids[i]), len(given[i])))
         ready: dict[int, Completion] = {}
@@ -145,7 +141,7 @@ class TransformersEngine:
         sampling: Sampling,
     ) -> Iterator[Completion]:
         size, end = len(rows), -1 if self.tokenizer.eos_token_id is None else self.tokenizer.eos_token_id
-        limit = min(sampling.max_new_tokens, self._positions() - len(prompt_ids_BT[0]))
+        limit = min(sampling.max_new_tokens, self.max_positions - len(prompt_ids_BT[0]))
         draws = np.stack([uniform_numbers(sampling.seed, row, limit) for row in rows])
         draws_BT = torch.from_numpy(draws).to(self.device)
         given_BT = torch.full((size, limit), -1, dtype=torch.long, device=self.device)
@@ -239,11 +235,6 @@ class TransformersEngine:
         requests = [p.request for p in prompts if p.request is not None]
         if not requests:
             return None
-        if not self.has_wyckoff_ids:
-            raise UserError(
-                "a request needs a tokenizer whose ids are those of the wyckoff format; this model's are "
-                "others. Sample it unconstrained."
-            )
         return WyckoffConstraint(requests, vocabulary_size=self.model.config.vocab_size, device=self.device)
 
     def _temperatures(self, constraint: WyckoffConstraint | None, sampling: Sampling) -> torch.Tensor | float:
@@ -274,7 +265,4 @@ class TransformersEngine:
     @property
     def max_positions(self) -> int:
         """Return how many tokens prompt and completion may have together."""
-        return self._positions()
-
-    def _positions(self) -> int:
         return max_positions(self.model.config)

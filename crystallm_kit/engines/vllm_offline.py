@@ -135,16 +135,9 @@ class VllmEngine:
             if name and name not in self._adapters:
                 raise UnknownName.among("adapter", name, self._adapters)
         ids = [self._texts.prompt_ids(p.text) for p in prompts]
-        if not all(ids):
-            raise UserError("an empty prompt; a model goes on from at least one token")
-        longest = max(map(len, ids), default=0)
-        if longest >= self._positions:
-            raise UserError(f"a prompt of {longest} tokens; the model has {self._positions} positions in all")
-        if not self.has_wyckoff_ids and any(p.request is not None for p in prompts):
-            raise UserError(
-                "a request needs a tokenizer whose ids are those of the wyckoff format; this model's are "
-                "others. Sample it unconstrained."
-            )
+        for prompt, prompt_ids in zip(prompts, ids, strict=True):
+            self._texts.check_prompt(prompt_ids, self._positions)
+            self._texts.check_request(prompt)
         from vllm.exceptions import VLLMValidationError
 
         given = [self._texts.given_ids(p) for p in prompts]

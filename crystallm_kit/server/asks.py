@@ -227,7 +227,7 @@ def _request(
     conditions: Conditions | None, arguments: ConstraintArguments, state: ServerState
 ) -> Request | None:
     """Return the constraint that a body asks for. Raises Refusal where the model takes none."""
-    takes = state.backend.takes_requests and state.model.representation.name == "wyckoff"
+    takes = state.takes_requests
     if arguments.crystal is not None:
         if conditions is not None:
             raise refuse("vllm_xargs", "crystal and `conditions` say the same thing; give one of them.")

@@ -248,7 +248,7 @@ def wanted_crystals(
         if name not in known:
             raise refuse(param, str(UnknownName.among(kind, name[:60], known)), code="unknown_name")
     sampling, is_seeded = _sampling(body, state)
-    takes = state.backend.takes_requests and state.model.representation.name == "wyckoff"
+    takes = state.takes_requests
     constrained = body.constrained is not False and takes
     # refused here where no crystal can meet it, whether or not the drawing is held to it
     request = _at("conditions", state.compiled, conditions) if takes else None

@@ -333,7 +333,7 @@ class _Texts:
     def of(self, id: int) -> str:
         """Return one token's text, as it is alone."""
         if id not in self._alone:
-            self._alone[id] = str(self._tokenizer.decode([id], skip_special_tokens=False))
+            self._alone[id] = self._whole.token_text(id)
         return self._alone[id]
 
     def without_end(self, completion: Completion) -> str:

@@ -20,17 +20,16 @@ import secrets
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from crystallm_kit.engines.engine import Engine
+from crystallm_kit.engines.texts import Texts
 from crystallm_kit.errors import ModelError, UserError
 from crystallm_kit.generation import LONGEST, Model, load_model, model_of
 from crystallm_kit.models.folders import adapter_folder, model_folder, shipped_model_folder
 from crystallm_kit.server.backend import Backend
 from crystallm_kit.server.state import ServerSettings
-from crystallm_kit.text.wyckoff import TOKENS
 
 NAME_OF_SHIPPED = "crystallm-kit"
 _NAME = re.compile(r"[\w][\w.-]{0,99}")
@@ -106,12 +105,13 @@ class ServedEngine:
 
     def __init__(self, tokenizer: Any, max_positions: int) -> None:
         self.tokenizer = tokenizer
+        self.texts = Texts(tokenizer)
         self.max_positions = max_positions
 
-    @cached_property
+    @property
     def has_wyckoff_ids(self) -> bool:
         """Whether the tokenizer's ids are those that constraints are made of."""
-        return bool(self.tokenizer.convert_tokens_to_ids(list(TOKENS)) == list(range(len(TOKENS))))
+        return self.texts.has_wyckoff_ids
 
     def complete(self, prompts: Any, sampling: Any) -> Any:
         """Raise: a server's tokens are asked for through its backend."""
@@ -298,7 +298,7 @@ def _described(what: Serving) -> tuple[Path, Model, ServedEngine]:
     config = config.get("text_config") or config
     positions = config.get("max_position_embeddings") or config.get("n_positions") or LONGEST
     tokenizer = load_tokenizer(folder)
-    if type(tokenizer.backend_tokenizer.model).__name__ != "WordLevel" and tokenizer.eos_token_id is not None:
+    if not Texts(tokenizer).is_of_a_format and tokenizer.eos_token_id is not None:
         tokenizer = base_tokenizer(str(folder))
     engine = ServedEngine(tokenizer, min(int(positions), LONGEST + _ROOM_FOR_PROMPT))
     name = what.model or NAME_OF_SHIPPED

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 from fastapi import Depends
 from fastapi import Request as HttpRequest
 
+from crystallm_kit.engines.texts import Texts
 from crystallm_kit.errors import UserError
 from crystallm_kit.generation import Model, compiler
 from crystallm_kit.records import Conditions
@@ -27,7 +28,6 @@ from crystallm_kit.server.backend import Backend
 from crystallm_kit.server.keys import Keys
 from crystallm_kit.server.metrics import Metrics
 from crystallm_kit.tokens.requests import Request
-from crystallm_kit.tokens.tokenizer import encode_strict, prompt_ids
 
 # Prompts and conditions that come again are cut and compiled once.
 _REMEMBERED = 1024
@@ -137,6 +137,11 @@ class ServerState:
             self._compiled[key] = request
         return self._compiled[key]
 
+    @property
+    def takes_requests(self) -> bool:
+        """Whether samples can be constrained: by the backend, in the text that the model writes."""
+        return self.backend.takes_requests and self.model.representation.name == "wyckoff"
+
     @cached_property
     def model_stop(self) -> str:
         """Text that ends a completion of a model without an end token, and is part of it; "": none."""
@@ -158,8 +163,11 @@ class ServerState:
         return lru_cache(maxsize=_REMEMBERED)(self._cut)
 
     def _cut(self, text: str) -> tuple[int, ...]:
-        own = type(self.tokenizer.backend_tokenizer.model).__name__ == "WordLevel"
-        return tuple((encode_strict if own else prompt_ids)(self.tokenizer, text))
+        return tuple(self._texts.prompt_ids(text))
+
+    @cached_property
+    def _texts(self) -> Texts:
+        return Texts(self.tokenizer)
 
 
 def new_state(

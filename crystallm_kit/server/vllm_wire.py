@@ -33,6 +33,7 @@ from crystallm_kit.engines.texts import Texts
 from crystallm_kit.errors import UserError
 from crystallm_kit.records import Completion, StopReason
 from crystallm_kit.server.backend import Ask, BackendError, Piece, Token
+from crystallm_kit.text.wyckoff import NumberLine
 from crystallm_kit.tokens.requests import Request, request_to_json
 
 TOKENS_ROUTE = "/inference/v1/generate"
@@ -57,10 +58,6 @@ class Wire:
         self.cut = Texts(tokenizer)
         self.is_of_a_format = self.cut.is_of_a_format
         self.end_id = -1 if tokenizer.eos_token_id is None else int(tokenizer.eos_token_id)
-        # A format's text is its tokens joined; a base model's has blanks that depend on what stands before.
-        self._texts: list[str] = (
-            [str(tokenizer.decode([i])) for i in range(len(tokenizer))] if self.is_of_a_format else []
-        )
         self._prompt_ids = lru_cache(maxsize=1024)(lambda text: tuple(self.cut.prompt_ids(text)))
         self._given_ids = lru_cache(maxsize=1024)(
             lambda beginning: tuple(self.cut.given_ids(Prompt("", beginning)))
@@ -148,15 +145,7 @@ class Wire:
     def text_of(self, prompt: Sequence[int], ids: Sequence[int]) -> str:
         """Return the text of a completion's ids, without that of an end token."""
         kept = ids[:-1] if ids and ids[-1] == self.end_id else ids
-        if self.is_of_a_format:
-            return "".join([self._texts[i] for i in kept])
         return self.cut.text_of(prompt, kept)
-
-    def token_text(self, id: int) -> str:
-        """Return one token's text, as it is alone."""
-        if self.is_of_a_format:
-            return self._texts[id] if 0 <= id < len(self._texts) else ""
-        return str(self.tokenizer.decode([id]))
 
     def _beginning(self, ask: Ask) -> tuple[int, ...]:
         return self._given_ids(ask.prompt.beginning) if ask.prompt.beginning else ()
@@ -195,8 +184,7 @@ class Growth:
     text: str = ""
     completion: Completion | None = None
     _log_probability: float = 0.0
-    _at_line_start: bool = True
-    _in_numbers: bool = False
+    _numbers: NumberLine = field(default_factory=NumberLine)
 
     def add(self, choice: Mapping[str, Any]) -> Piece | None:
         """Take one choice of an answer or of a stream's chunk; return what became visible, if anything.
@@ -254,19 +242,15 @@ class Growth:
         for id, (value, top) in zip(ids, _log_probabilities(answer), strict=True):
             scale = self._temperature_of(id)
             self._log_probability += value * scale
-            others = tuple((self.wire.token_text(i), v * scale) for i, v in top)[: self.ask.n_top]
-            found.append(Token(id, self.wire.token_text(id), value * scale, others))
+            others = tuple((self.wire.cut.token_text(i), v * scale) for i, v in top)[: self.ask.n_top]
+            found.append(Token(id, self.wire.cut.token_text(id), value * scale, others))
         return tuple(found)
 
     def _temperature_of(self, id: int) -> float:
         """Return the temperature that a token was drawn at."""
         sampling = self.ask.sampling
         if self.ask.prompt.request is not None and sampling.number_temperature is not None:
-            text = self.wire.token_text(id)
-            # the last line of a `wyckoff` text holds its numbers, and begins with a digit
-            self._in_numbers |= self._at_line_start and text[:1].isdigit()
-            self._at_line_start = text.endswith("\n")
-            if self._in_numbers:
+            if self._numbers.holds(self.wire.cut.token_text(id)):
                 return max(sampling.number_temperature, _COLDEST)
         return _temperature(sampling) or 1.0
 

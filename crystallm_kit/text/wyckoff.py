@@ -92,6 +92,19 @@ _LENGTH = re.compile(r"[0-9]{1,3}\.[0-9]{2}")
 _COORDINATE = re.compile(r"\.[0-9]{4}")
 
 
+class NumberLine:
+    """Tells the numbers of a growing text, token by token: its last line, the one that begins with a digit."""
+
+    def __init__(self) -> None:
+        self._begins_a_line, self._is_in_it = True, False
+
+    def holds(self, token: str) -> bool:
+        """Tell whether the next token belongs to the cell or to a coordinate."""
+        self._is_in_it |= self._begins_a_line and token[:1].isdigit()
+        self._begins_a_line = token.endswith("\n")
+        return self._is_in_it
+
+
 @dataclass(frozen=True)
 class WyckoffRepresentation:
     """The `wyckoff` format.

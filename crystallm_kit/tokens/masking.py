@@ -248,18 +248,13 @@ class WyckoffConstraint:
         for tensor in (self._asked, self._state, self.plans, self.alive):
             tensor[target] = tensor[origin]
 
-    def take(self, rows: torch.Tensor) -> "WyckoffConstraint":
-        """Return the constraint of some of the samples, for a batch that shrinks. `rows`: (B',) int64."""
+    def take(self, rows: torch.Tensor | slice) -> "WyckoffConstraint":
+        """Return the constraint of some of the samples: (B',) int64 rows, for a batch that shrinks, or a
+        slice, whose tensors are these, seen in part.
+        """
         other = object.__new__(WyckoffConstraint)
         other.__dict__.update(vars(self))
         other._look_at(self._asked[rows], self._state[rows], self.plans[rows], self.alive[rows])
-        return other
-
-    def first(self, n: int) -> "WyckoffConstraint":
-        """Return the constraint of the first n slots: the same tensors, seen in part."""
-        other = object.__new__(WyckoffConstraint)
-        other.__dict__.update(vars(self))
-        other._look_at(self._asked[:n], self._state[:n], self.plans[:n], self.alive[:n])
         return other
 
     def changing(self) -> list[torch.Tensor]:

@@ -197,8 +197,8 @@ def test_a_text_ends_before_the_end_token_and_before_a_stop_text(stand_ins, wire
         async with open_backend([stand_ins.start()], wire) as backend:
             (free,) = [c async for _, c in backend.completions([Ask(Prompt(CRYSTAL), Sampling(seed=3))])]
             assert free.token_ids[-1] == wire.end_id
-            assert free.text == "".join(wire.token_text(i) for i in free.token_ids[:-1])
-            stop = wire.token_text(free.token_ids[4])
+            assert free.text == "".join(wire.cut.token_text(i) for i in free.token_ids[:-1])
+            stop = wire.cut.token_text(free.token_ids[4])
             ask = Ask(Prompt(CRYSTAL), Sampling(seed=3), stop=("nowhere", stop))
             cut = [p async for p in backend.pieces(ask)]
             assert "".join(p.text for p in cut) == free.text[: free.text.index(stop)]
