@@ -6,6 +6,8 @@ a sixth of the time. Here each layer writes into a buffer with room to spare, do
 Not here: what is asked of the model (transformers_local.py).
 """
 
+import inspect
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -52,6 +54,17 @@ def growing_cache(config: Any) -> Any:
             self.keys, self.values = (buffer[..., : self.n_tokens, :] for buffer in self.buffers)
 
     return Cache(layers=[GrowingLayer() for _ in range(config.num_hidden_layers)])
+
+
+def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
+    """Return a cache under the name by which this model takes it: `cache` from transformers 5.24 on."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's names nothing
+    return {_name_of_cache(type(base)): cache}
+
+
+@lru_cache(maxsize=64)
+def _name_of_cache(kind: type) -> str:
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"  # type: ignore[attr-defined]
 
 
 def _room(states: torch.Tensor, n_tokens: int) -> torch.Tensor:

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from crystallm_kit.engines.cache import growing_cache
+from crystallm_kit.engines.cache import cache_argument, growing_cache
 from crystallm_kit.engines.drawing import draw, uniform_numbers
 from crystallm_kit.engines.engine import Sampling
 from crystallm_kit.tokens.masking import WyckoffConstraint
@@ -242,8 +242,8 @@ class Slots:
         model = self.model(self.adapter)
         cache = growing_cache(model.config)
         model(
-            input_ids=torch.tensor([ids], device=self.device), past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
+            input_ids=torch.tensor([ids], device=self.device), use_cache=True, logits_to_keep=1,
+            **cache_argument(model, cache),
         )  # fmt: skip
         return torch.cat([torch.cat([layer.keys, layer.values]) for layer in cache.layers])
 
@@ -411,13 +411,14 @@ class Slots:
             known, settings = states[:, :n, :, :n_tokens], {}
             places = torch.arange(n_tokens, device=self.device)
             seen = (places <= positions[:, None])[:, None, None, :]  # (B, 1, 1, T)
-        out = self.model(self.adapter)(
+        model = self.model(self.adapter)
+        out = model(
             input_ids=self.inputs[:n, None],
             position_ids=positions[:, None],
             attention_mask=seen,
-            past_key_values=_slot_cache(known, positions),
             use_cache=True,
             logits_to_keep=1,
+            **cache_argument(model, _slot_cache(known, positions)),
             **settings,
         )
         logits: torch.Tensor = out.logits[:, -1].float()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from crystallm_kit.engines.cache import growing_cache
+from crystallm_kit.engines.cache import cache_argument, growing_cache
 from crystallm_kit.engines.drawing import draw, uniform_numbers
 from crystallm_kit.engines.engine import Prompt, Sampling
 from crystallm_kit.engines.stopping import stop_table
@@ -166,7 +166,7 @@ class TransformersEngine:
             if t == 0 or t > n_read:
                 keep_last = n_read + 1 if t == 0 else 1
                 logits_BTV = model(
-                    input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=keep_last
+                    input_ids=inputs, use_cache=True, logits_to_keep=keep_last, **cache_argument(model, cache)
                 ).logits
             logits_BV = logits_BTV[:, t if t <= n_read else -1].float()
             forced_B = given_BT[active, t]
