@@ -17,8 +17,9 @@ PACKAGE = ROOT / "crystallm_kit"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 # A room may import itself and the rooms above it; scores and text stand beside each other.
 ORDER = (
-    ("errors",), ("records",), ("recipes",), ("structures",), ("text",), ("scores",), ("tokens",),
-    ("models",), ("training",), ("engines",), ("generation",), ("results",), ("conditioned",), ("benchmark",),
+    ("errors",), ("records",), ("recipes",), ("structures",), ("text",), ("scores",), ("scoring",),
+    ("tokens",), ("models",), ("training",), ("engines",), ("generation",), ("results",), ("conditioned",),
+    ("prediction",), ("benchmark",),
     ("fine_tuning",), ("server",), ("screen",), ("verbs",), ("cli",), ("__main__",),
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
@@ -51,8 +52,9 @@ HOMES = {
     "prometheus_client": ("server/",),
     "ase": ("structures/relaxation.py",),
     "chgnet": ("structures/relaxation.py",),
-    "matplotlib": ("scores/report.py",),
-    "ray": ("tokens/", "generation.py", "scores/"),
+    "matplotlib": ("scoring/",),
+    "numba": ("scores/",),
+    "ray": ("tokens/", "generation.py", "scoring/"),
     "pandas": (),
 }  # fmt: skip
 # Where torch may be imported at the top of a module: what is only ever imported to compute with it.
