@@ -249,9 +249,9 @@ class Growth:
     def _temperature_of(self, id: int) -> float:
         """Return the temperature that a token was drawn at."""
         sampling = self.ask.sampling
-        if self.ask.prompt.request is not None and sampling.number_temperature is not None:
-            if self._numbers.holds(self.wire.cut.token_text(id)):
-                return max(sampling.number_temperature, _COLDEST)
+        numbers = sampling.number_temperature if self.ask.prompt.request is not None else None
+        if numbers is not None and self._numbers.holds(self.wire.cut.token_text(id)):
+            return max(numbers, _COLDEST)
         return _temperature(sampling) or 1.0
 
 

@@ -93,7 +93,7 @@ _COORDINATE = re.compile(r"\.[0-9]{4}")
 
 
 class NumberLine:
-    """Tells the numbers of a growing text, token by token: its last line, the one that begins with a digit."""
+    """Tells the numbers of a growing text, token by token: its last line, which begins with a digit."""
 
     def __init__(self) -> None:
         self._begins_a_line, self._is_in_it = True, False
