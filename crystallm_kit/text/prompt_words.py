@@ -369,7 +369,9 @@ def _conditions(said: Mapping[str, Mapping[str, str]]) -> Conditions:
         crystal_system=slot("crystal_system", "system"),
         n_sites=number("n_sites", "count"),
         properties={
-            name: Range.exactly(float(said[name]["value"])) for name in PROPERTY_NAMES if name in said
+            name: Range.exactly(_said_value(name, said[name]["value"]))
+            for name in PROPERTY_NAMES
+            if name in said
         },
     )
 
@@ -377,6 +379,13 @@ def _conditions(said: Mapping[str, Mapping[str, str]]) -> Conditions:
 def _decimal(name: str, value: float) -> str:
     text = f"{value:.{DECIMALS[name]}f}"
     return text.lstrip("-") if float(text) == 0 else text
+
+
+def _said_value(name: str, text: str) -> float:
+    """Return the value; what only rounding carried over the edge of the property's range is its edge."""
+    value, known = float(text), PROPERTIES[name]
+    inside = min(max(value, known.low), known.high)
+    return inside if abs(value - inside) <= 0.5 * 10.0 ** -DECIMALS[name] else value
 
 
 def _pattern(sentence: str) -> re.Pattern[str]:

@@ -68,6 +68,11 @@ class LentModel:
         self.config = model.config
         self.device = device
 
+    def get_base_model(self) -> Any:
+        """Return the causal LM itself, as peft's models do: its class tells what a forward pass takes."""
+        model = self._model
+        return model.get_base_model() if hasattr(model, "get_base_model") else model
+
     def to(self, *_: Any) -> "LentModel":
         """Return this: quantised weights cannot be moved, and the others are where they belong."""
         return self

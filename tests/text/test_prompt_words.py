@@ -86,6 +86,16 @@ def test_any_wording_of_any_conditions_is_read_back(asked, seed, form):
     assert prompt.count("\n") == 1
 
 
+def test_the_largest_value_is_read_back_though_its_text_is_rounded_up():
+    """499.99 GPa is written as 500, which was refused as out of range when it was read."""
+    asked = Conditions(properties={"bulk_modulus_gpa": Range.exactly(PROPERTIES["bulk_modulus_gpa"].high)})
+    prompt = WORDS.render(asked)
+    assert " 500 GPa" in prompt
+    assert WORDS.parse(prompt) == asked
+    with pytest.raises(ImpossibleRequest, match="501 GPa is out of range"):
+        WORDS.parse(prompt.replace("500", "501"))
+
+
 def everything() -> Conditions:
     return parse_conditions(
         "BaTiO3", "Ba-Ti-O", spacegroup=221, sites=5,
