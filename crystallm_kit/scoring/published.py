@@ -1,4 +1,4 @@
-"""Published results of other systems, to stand beside ours: one protocol a table, each number with source and mark.
+"""Published results of other systems, to stand beside ours: one protocol a table, each number with its mark.
 
     table = published_table("csp_comp_mp20")
     table.protocol, table.text              "csp_comp", "Composition-only CSP, full official test split; ..."
@@ -8,8 +8,8 @@
 Contract: the numbers are those of `eval/published.yaml`, as printed by their source; the unit is the
 column's (a share of ours, 0.5149, stands there as 51.49 %). A column names in `beside` the one score of ours
 that is the same measure; where it names none, no number of ours may stand in it. Marks: "verified" (read
-verbatim in the source's text), "local" (read from a repository's files), "recalled" (from memory: always shown
-as "to be re-checked"), "measured" (for this project). What the file says that is not understood is an error.
+verbatim in the source's text), "local" (read from a repository's files), "recalled" (from memory: always
+shown as "to be re-checked"), "measured" (for this project). What is not understood in the file is an error.
 
 Not here: how rows are shown (scoring/report.py); our own scores.
 """
