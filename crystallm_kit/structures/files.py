@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
+from itertools import islice
 from pathlib import Path
 
 from pymatgen.core.structure import Molecule, Structure
@@ -48,6 +49,7 @@ def read(
     on_error: Callable[[ReadFailure], None] | None = None,
     progress: bool = False,
     timeout_seconds: float = 20.0,
+    start: int = 0,
 ) -> Iterator[Crystal]:
     """Yield the crystals of a file, a folder, an archive, or several of them, in order.
 
@@ -60,6 +62,7 @@ def read(
             the end.
         progress: Whether to show counts and speed on standard error.
         timeout_seconds: For one CIF; then its worker is killed and the CIF counts as not readable.
+        start: So many entries are passed over first, without being parsed.
 
     Returns:
         An iterator; closing it ends the workers.
@@ -73,7 +76,8 @@ def read(
         raise ReadError("no files: an empty list was given")
     for path in paths:
         check_path(path)
-    return _read(paths, workers or _usable_cores(), allow_disordered, on_error, progress, timeout_seconds)
+    workers = workers or _usable_cores()
+    return _read(paths, workers, allow_disordered, on_error, progress, timeout_seconds, start)
 
 
 def _read(
@@ -83,13 +87,15 @@ def _read(
     on_error: Callable[[ReadFailure], None] | None,
     progress: bool,
     timeout_seconds: float,
+    start: int,
 ) -> Iterator[Crystal]:
     report = on_error or (lambda failure: log.warning("not read: %s", failure))
     n_read = n_failed = 0
     with ExitStack() as stack:
         tell = stack.enter_context(_Progress()) if progress else None
         pool = stack.enter_context(CifPool(workers, timeout_seconds=timeout_seconds))
-        for entry, outcome in _outcomes(entries_of(paths), pool, workers * _WINDOW_PER_WORKER):
+        entries = islice(entries_of(paths), start, None)
+        for entry, outcome in _outcomes(entries, pool, workers * _WINDOW_PER_WORKER):
             try:
                 if isinstance(outcome, ReadError):
                     raise outcome

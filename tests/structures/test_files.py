@@ -416,3 +416,13 @@ def test_importing_files_loads_no_torch():
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == 0
+
+
+def test_reading_can_begin_at_an_entry(tmp_path):
+    """What is before it is not parsed: its fault is not reported."""
+    frame = '1\nLattice="3 0 0 0 3 0 0 0 3" id={}\n{} 0 0 0\n'
+    path = tmp_path / "three.extxyz"
+    path.write_text(frame.format("a", "Xx") + frame.format("b", "Po") + frame.format("c", "Fe"))
+    failures = []
+    assert [c.id for c in read(path, start=1, on_error=failures.append)] == ["b", "c"]
+    assert not failures
