@@ -1,0 +1,144 @@
+"""Candidates for the targets of a benchmark, drawn block by block, so that a run that is killed goes on.
+
+    samples/block-00000.jsonl.gz    a line for each request, in order: the target's id, and the sample
+
+A block is a number of targets with all their candidates. Each block has a seed of its own, made of the run's
+and the block's number, so its samples do not depend on what was drawn before it, nor in which run. A file
+appears whole or not at all; a block whose file is there is not drawn again.
+
+Not here: what is asked (recipe.py), what matches (scores/matching.py), what order candidates stand in
+(generation.ranked).
+"""
+
+import gzip
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pymatgen.core import Structure
+
+from crystallm_kit.errors import ImpossibleRequest, ReadError, UserError
+from crystallm_kit.generation import Model, new_seed, sample_to_dict, stream
+from crystallm_kit.records import Conditions, Crystal, Sample, Verdict
+from crystallm_kit.structures.symmetry import spacegroup_number
+from crystallm_kit.text.conditions import conditions_from_dict
+from crystallm_kit.text.parsing import parse_completion
+from crystallm_kit.text.representation import Representation
+
+GIVEN = ("composition", "spacegroup")  # what a target tells the generator
+_SYMPREC_ANGSTROM = 0.1
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One target, and what is asked for it.
+
+    Attributes:
+        target: Its id.
+        conditions: For each of its candidates.
+    """
+
+    target: str
+    conditions: Conditions
+
+
+def asked_of(crystal: Crystal, given: Sequence[str]) -> Asked:
+    """Return what a target's candidates are asked for.
+
+    Args:
+        crystal: With its true structure in a primitive cell.
+        given: Of GIVEN: the atoms of the cell; the space group, as moyo finds it at 0.1 angstrom.
+
+    Raises:
+        ImpossibleRequest: If it is a molecule, or disordered.
+    """
+    structure = crystal.structure
+    if not isinstance(structure, Structure) or not structure.is_ordered:
+        raise ImpossibleRequest(f"{crystal.id}: an ordered crystal expected; leave it out of the targets")
+    counts = {str(e): round(n) for e, n in structure.composition.get_el_amt_dict().items()}
+    conditions = Conditions(formula=counts, n_sites=sum(counts.values()))
+    if "spacegroup" in given:
+        conditions = replace(conditions, spacegroup_number=spacegroup_number(structure, _SYMPREC_ANGSTROM))
+    return Asked(crystal.id, conditions)
+
+
+def draw_candidates(
+    asked: Sequence[Asked],
+    model: Model,
+    folder: Path,
+    *,
+    n_drawn: int,
+    seed: int,
+    targets_per_block: int = 50,
+    redraws: int = 3,
+    say: Callable[[int, int], None] | None = None,
+) -> None:
+    """Draw the candidates of all targets, but for the blocks whose file is there.
+
+    Args:
+        asked: The targets, in their order.
+        model: What draws.
+        folder: Of the block files; made where it is missing.
+        n_drawn: Candidates for each target.
+        seed: Of the run.
+        targets_per_block: What is lost at most when the run is killed.
+        redraws: As in generation.stream.
+        say: Told, after each block, how many targets of how many are done.
+    """
+    if n_drawn < 1:
+        raise UserError(f"{n_drawn} candidates a target: 1 or more expected")
+    folder.mkdir(parents=True, exist_ok=True)
+    for block, start in enumerate(range(0, len(asked), targets_per_block)):
+        some = asked[start : start + targets_per_block]
+        path = folder / f"block-{block:05d}.jsonl.gz"
+        if not path.exists():
+            requests = [a.conditions for a in some for _ in range(n_drawn)]
+            samples = stream(requests, seed=new_seed(seed, block), model=model, redraws=redraws)
+            names = [a.target for a in some for _ in range(n_drawn)]
+            _write(path, ({"target": t, **sample_to_dict(s)} for t, s in zip(names, samples, strict=True)))
+        if say is not None:
+            say(start + len(some), len(asked))
+
+
+def _write(path: Path, lines: Iterator[dict[str, Any]]) -> None:
+    partial = path.with_suffix(".writing")
+    with gzip.open(partial, "wt", encoding="utf-8") as handle:
+        handle.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    partial.replace(path)
+
+
+def candidates_of(folder: Path, representation: Representation) -> Iterator[tuple[str, list[Sample]]]:
+    """Yield each target's id with its candidates as they were drawn, block after block.
+
+    Raises:
+        ReadError: If a file is damaged; the message says what to do.
+    """
+    for path in sorted(folder.glob("block-*.jsonl.gz")):
+        found: dict[str, list[Sample]] = {}
+        try:
+            with gzip.open(path, "rt", encoding="utf-8") as handle:
+                for line in handle:
+                    data = json.loads(line)
+                    found.setdefault(data["target"], []).append(_sample(data, representation))
+        except (OSError, EOFError, ValueError, KeyError) as error:
+            raise ReadError(
+                f"{path}: damaged ({error}); remove it, and the same command draws it again"
+            ) from error
+        yield from found.items()
+
+
+def _sample(data: dict[str, Any], representation: Representation) -> Sample:
+    found = parse_completion(data["text"], representation)
+    return Sample(
+        id=data["id"],
+        text=data["text"],
+        structure=None if isinstance(found, Verdict) else found.structure,
+        verdict=Verdict(data["valid"], data["reason"], data["detail"], data["checks"]),
+        conditions=conditions_from_dict(data["conditions"]),
+        log_probability=float("nan") if data["log_probability"] is None else data["log_probability"],
+        seed=data["seed"],
+        model=data["model"],
+        measures=data["measures"],
+    )

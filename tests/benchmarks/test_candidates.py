@@ -1,0 +1,87 @@
+"""Candidates of targets, drawn in blocks by a toy model: the same again after a kill, and read back as drawn."""
+
+import gzip
+
+import pytest
+from pymatgen.core import Lattice, Molecule, Structure
+
+from crystallm_kit.benchmarks.candidates import asked_of, candidates_of, draw_candidates
+from crystallm_kit.errors import ImpossibleRequest, ReadError, UserError
+from crystallm_kit.generation import load_model
+from crystallm_kit.records import Crystal
+
+ROCK_SALT = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5] * 3])
+RUTILE = Structure.from_spacegroup(  # TiO2, mp-2657
+    "P4_2/mnm", Lattice.tetragonal(4.65, 2.97), ["Ti", "O"], [[0, 0, 0], [0.305, 0.305, 0]]
+)
+TARGETS = [
+    Crystal("mp-22862", ROCK_SALT.get_primitive_structure()),
+    Crystal("mp-2657", RUTILE),
+    Crystal("mp-1265", Structure(Lattice.cubic(4.2), ["Mg", "O"], [[0, 0, 0], [0.5] * 3])),
+]
+
+
+@pytest.fixture(scope="module")
+def model(toy_model):
+    return load_model(toy_model, batch_size=8)
+
+
+def drawn(model, folder, **settings):
+    asked = [asked_of(target, ("composition",)) for target in TARGETS]
+    draw_candidates(asked, model, folder, n_drawn=3, seed=5, targets_per_block=1, redraws=1, **settings)
+    return {
+        target: [(s.id, s.text, s.log_probability) for s in samples]
+        for target, samples in candidates_of(folder, model.representation)
+    }
+
+
+def test_a_target_tells_the_atoms_of_its_cell_and_the_space_group_if_wanted():
+    alone = asked_of(TARGETS[1], ("composition",)).conditions
+    assert dict(alone.formula) == {"Ti": 2, "O": 4}
+    assert (alone.n_sites, alone.spacegroup_number) == (6, None)
+    assert asked_of(TARGETS[1], ("composition", "spacegroup")).conditions.spacegroup_number == 136
+    with pytest.raises(ImpossibleRequest, match="water: an ordered crystal expected"):
+        asked_of(Crystal("water", Molecule("OH2", [[0, 0, 0], [1, 0, 0], [0, 1, 0]])), ("composition",))
+
+
+def test_a_run_that_lost_blocks_draws_the_same_again_and_no_others(model, tmp_path):
+    folder = tmp_path / "samples"
+    first = drawn(model, folder)
+    assert list(first) == [target.id for target in TARGETS]
+    assert all(len(samples) == 3 for samples in first.values())
+    kept, lost, _ = sorted(folder.glob("*.gz"))
+    times, content = kept.stat().st_mtime_ns, lost.read_bytes()
+    lost.unlink()
+    (folder / "block-00001.jsonl.writing").write_bytes(content[:50])  # as a kill would leave it
+    told = []
+    assert drawn(model, folder, say=lambda done, of: told.append((done, of))) == first
+    assert kept.stat().st_mtime_ns == times
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_what_is_read_back_is_what_was_drawn(model, tmp_path):
+    drawn(model, tmp_path / "samples")
+    for target, samples in candidates_of(tmp_path / "samples", model.representation):
+        wanted = next(t for t in TARGETS if t.id == target).structure.composition
+        for sample in samples:
+            if sample.structure is not None:
+                assert sample.structure.composition.reduced_formula == wanted.reduced_formula
+            assert sample.conditions.n_sites == sum(wanted.get_el_amt_dict().values())
+
+
+def test_a_damaged_block_is_named_with_what_to_do(model, tmp_path):
+    folder = tmp_path / "samples"
+    drawn(model, folder)
+    path = sorted(folder.glob("*.gz"))[1]
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ReadError, match=r"block-00001\.jsonl\.gz: damaged .*; remove it"):
+        list(candidates_of(folder, model.representation))
+    with gzip.open(path, "wt") as handle:
+        handle.write('{"id": 1}\n')
+    with pytest.raises(ReadError, match="damaged"):
+        list(candidates_of(folder, model.representation))
+
+
+def test_no_candidates_are_refused(model, tmp_path):
+    with pytest.raises(UserError, match="0 candidates a target: 1 or more expected"):
+        draw_candidates([], model, tmp_path, n_drawn=0, seed=0)
