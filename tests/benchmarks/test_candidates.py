@@ -1,4 +1,4 @@
-"""Candidates of targets, drawn in blocks by a toy model: the same again after a kill, and read back as drawn."""
+"""Candidates of targets, drawn in blocks by a toy model: the same after a kill, and read back as drawn."""
 
 import gzip
 
