@@ -4,15 +4,17 @@
     [Relaxed(structure=..., energy_ev_per_atom=-3.36, converged=True, n_steps=14, reason=None, ...)]
 
 The default potential is CHGNet (Deng et al. 2023, doi:10.1038/s42256-023-00716-3), whose weights come in its
-wheel; any ASE calculator serves too, named "module:factory". Atoms and cell move together under FIRE (Bitzek
-et al. 2006, doi:10.1103/PhysRevLett.97.170201), each crystal with a time step of its own, all crystals in the
-same calls of the potential. One bad crystal is a record with a reason, never an exception.
+wheel; any ASE calculator and any torch-sim model serve too, named "module:factory". Atoms and cell move
+together under FIRE (Bitzek et al. 2006, doi:10.1103/PhysRevLett.97.170201), each crystal with a time step of
+its own, all crystals in the same calls of the potential. One bad crystal is a record with a reason, never an
+exception.
 
 Energies are those of the potential: total energies in eV/atom, neither formation energies nor hull distances.
 Stress is positive under tension, as in ASE.
 
 Legend: N crystals, A atoms of all of them.
-Not here: what is measured on relaxed crystals (scores/bulk_modulus.py).
+Not here: thousands of crystals, over cores and kills (relaxed_set.py); torch-sim models
+(torchsim_potential.py); what is measured on relaxed crystals (scores/bulk_modulus.py, scores/stability.py).
 """
 
 import contextlib
@@ -80,6 +82,7 @@ class Relaxed:
             (isolated_atoms, element, error: ...).
         max_force_ev_per_angstrom: Largest force left on an atom.
         pressure_gpa: Left; positive where the crystal wants to expand.
+        initial_energy_ev_per_atom: Of the crystal as it was given; NaN where the potential had none.
     """
 
     structure: Structure | None
@@ -89,6 +92,7 @@ class Relaxed:
     reason: str | None
     max_force_ev_per_angstrom: float = math.nan
     pressure_gpa: float = math.nan
+    initial_energy_ev_per_atom: float = math.nan
 
 
 def relax(
@@ -142,6 +146,7 @@ class _Fire:
         self.dt, self.mix, self.n_downhill = _DT, _MIX, 0
         self.force: FloatArray = self.velocity
         self.evaluation: Evaluation | None = None
+        self.initial_energy = math.nan
         self.n_steps, self.converged = 0, False
         self.reason: str | None = None
 
@@ -161,6 +166,8 @@ class _Fire:
         if not (np.isfinite(force).all() and math.isfinite(evaluation.energy_ev)):
             self.reason = "not_finite"
             return
+        if self.evaluation is None:
+            self.initial_energy = evaluation.energy_ev / self.n_atoms
         self.force, self.evaluation = force, evaluation
         largest = float(np.sqrt((force**2).sum(axis=1).max()))
         if largest > _FORCE_LIMIT:
@@ -204,7 +211,9 @@ class _Fire:
         """Return the record."""
         reason = None if self.converged else self.reason or "not_converged"
         if self.evaluation is None or self.reason is not None:
-            return Relaxed(None, math.nan, False, self.n_steps, reason)
+            return Relaxed(
+                None, math.nan, False, self.n_steps, reason, initial_energy_ev_per_atom=self.initial_energy
+            )
         forces = np.sqrt((self.evaluation.forces**2).sum(axis=1))
         return Relaxed(
             structure=self.structure(),
@@ -214,6 +223,7 @@ class _Fire:
             reason=reason,
             max_force_ev_per_angstrom=float(forces.max()),
             pressure_gpa=-float(np.trace(self.evaluation.stress)) / 3 * EV_PER_ANGSTROM3_IN_GPA,
+            initial_energy_ev_per_atom=self.initial_energy,
         )
 
 
@@ -227,11 +237,11 @@ def load_potential(
 
     Args:
         name: "chgnet", or "module:factory" whose factory() is an ASE calculator with stress, such as
-            "ase.calculators.emt:EMT".
+            "ase.calculators.emt:EMT", or a torch-sim model with stress.
         device: Of CHGNet: cpu, cuda ...; None: a GPU where there is one.
-        batch_atoms: Atoms of the crystals that CHGNet evaluates together; None: 48 on a CPU, where more
-            crystals only leave the cache (14 ms a crystal of ten atoms in fours, 39 ms in 64s), 4,096 on a
-            GPU.
+        batch_atoms: Atoms of the crystals that CHGNet, or a torch-sim model, evaluates together; None: 48 on
+            a CPU, where more crystals only leave the cache (14 ms a crystal of ten atoms in fours, 39 ms in
+            64s), 4,096 on a GPU.
 
     Raises:
         MissingExtra: If the potential's library is not installed.
@@ -241,14 +251,27 @@ def load_potential(
         return ChgnetPotential(device=device, batch_atoms=batch_atoms)
     module, colon, factory = name.partition(":")
     if not colon:
-        raise UnknownName(f"no potential '{name}'; known: chgnet, or an ASE calculator as module:factory.")
+        raise UnknownName(
+            f"no potential '{name}'; known: chgnet; ASE calculators and torch-sim models: module:factory."
+        )
     try:
-        calculator = getattr(importlib.import_module(module), factory)()
+        made = getattr(importlib.import_module(module), factory)()
     except ImportError as error:
         raise MissingExtra(f"potential '{name}' needs {module}, which cannot be loaded: {error}") from error
     except AttributeError as error:
         raise UnknownName(f"potential '{name}': {module} has no '{factory}'.") from error
-    return AsePotential(calculator, name=name)
+    if hasattr(made, "compute_stress") and hasattr(made, "dtype"):  # torch-sim's ModelInterface
+        from crystallm_kit.structures.torchsim_potential import TorchSimPotential
+
+        return TorchSimPotential(made, name=name, batch_atoms=batch_atoms)
+    return AsePotential(made, name=name)
+
+
+def best_device() -> str:
+    """Return cuda where there is a GPU, else cpu."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class ChgnetPotential:
@@ -258,13 +281,11 @@ class ChgnetPotential:
 
     def __init__(self, *, device: str | None = None, batch_atoms: int | None = None) -> None:
         """Load the weights that chgnet brings. Raises MissingExtra without chgnet."""
-        import torch
-
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 from chgnet.model import CHGNet
 
-                self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+                self.device = device or best_device()
                 self.model = CHGNet.load(use_device=self.device, verbose=False).eval()
         except ImportError as error:
             raise MissingExtra.of("potential 'chgnet'", "chgnet", "stability") from error
@@ -278,7 +299,7 @@ class ChgnetPotential:
         graphs = [self._graph(structure) for structure in structures]
         found: list[Evaluation | str] = [g if isinstance(g, str) else "" for g in graphs]
         good = [i for i, graph in enumerate(graphs) if not isinstance(graph, str)]
-        for batch in _batches(good, [len(s) for s in structures], self.batch_atoms):
+        for batch in batches_of(good, [len(s) for s in structures], self.batch_atoms):
             for i, evaluation in zip(batch, self._evaluate([graphs[i] for i in batch]), strict=True):
                 found[i] = evaluation
         return found
@@ -328,7 +349,7 @@ def _ends(n: int, gradients: Sequence[Any]) -> list[int]:
     return [int(end) for end in np.cumsum(sizes)[:-1]]
 
 
-def _batches(indices: Sequence[int], sizes: Sequence[int], most: int) -> Iterator[list[int]]:
+def batches_of(indices: Sequence[int], sizes: Sequence[int], most: int) -> Iterator[list[int]]:
     """Yield the indices in lists whose sizes add up to at most `most`, or of one."""
     batch: list[int] = []
     total = 0
