@@ -77,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_generation_verbs(verbs)
     _add_serve_verb(verbs)
     _add_structure_verbs(verbs)
+    _add_scoring_verbs(verbs)
     _add_model_verbs(verbs)
     return parser
 
@@ -227,6 +228,46 @@ def _add_structure_verbs(verbs: Any) -> None:
         "--format-out", metavar="NAME", help="cif, extxyz, json, parquet, poscar (default: by suffix)"
     )
     convert.add_argument("--allow-disordered", action="store_true", help="take crystals with shared sites")
+
+
+def _add_scoring_verbs(verbs: Any) -> None:
+    score = _verb(verbs, "score", "every number of the field, of several sample sets side by side")
+    score.add_argument(
+        "samples", nargs="+", metavar="SAMPLES",
+        help="a set each, NAME=PATH names it: a generation's folder or samples.jsonl, another system's .pt, "
+        ".csv, .extxyz, .zip, a folder of CIFs, ...",
+    )  # fmt: skip
+    against = score.add_argument_group("what it is held against")
+    against.add_argument(
+        "--reference", nargs="+", default=[], metavar="FILE", help="known crystals: novelty, distributions"
+    )
+    against.add_argument("--targets", metavar="FILE", help="true structures, where the samples predict them")
+    against.add_argument(
+        "--pairing", default="auto", metavar="WAY",
+        help="how samples pair with targets: id, index, composition (default: the first that fits)",
+    )  # fmt: skip
+    against.add_argument(
+        "--requested", action="append", default=[], metavar="N",
+        help="samples that were asked for, where a set holds fewer; NAME=N for one set; may be repeated",
+    )  # fmt: skip
+    what = score.add_argument_group("what is worked out")
+    what.add_argument(
+        "--protocol", nargs="+", action="extend", metavar="NAME",
+        help="kit, cdvae, diffcsp, ... (default: all that can be)",
+    )  # fmt: skip
+    what.add_argument("--limit", type=int, metavar="N", help="look at the first N entries of each set")
+    how = score.add_argument_group("how and where")
+    how.add_argument(
+        "--out", type=Path, default=Path("scores"), metavar="DIR",
+        help="rows, report.json, report.html; the same one goes on with a run (default: scores)",
+    )  # fmt: skip
+    how.add_argument("--fresh", action="store_true", help="remove the run that the folder holds")
+    how.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
+    how.add_argument(
+        "--ray", default="", metavar="ADDRESS",
+        help="a Ray cluster in their place, whose nodes see the same files; auto; local: a new one here",
+    )  # fmt: skip
+    how.add_argument("--json", action="store_true", help="print report.json")
 
 
 def _add_model_verbs(verbs: Any) -> None:

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -145,6 +146,29 @@ def validate(options: argparse.Namespace) -> int:
     _show(options, judged, {"protocol": options.protocol}, names="crystal")
     if not options.json:
         print(f"protocol {options.protocol}: {funnel(judged).unique:,} of {len(judged):,} are valid")
+    return 0
+
+
+def score(options: argparse.Namespace) -> int:
+    """Score sample sets side by side; write rows and report, show the scores."""
+    from crystallm_kit.scoring.run import Request, run
+    from crystallm_kit.scoring.sample_sets import named_sets
+    from crystallm_kit.scoring.terminal import print_report
+
+    sets = named_sets(options.samples, requested=options.requested, limit=options.limit)
+    request = Request(
+        tuple(sets), options.out, tuple(map(Path, options.reference)),
+        (Path(options.targets),) if options.targets else (), options.pairing,
+        tuple(options.protocol) if options.protocol else None, options.workers, options.ray, options.fresh,
+    )  # fmt: skip
+    report = run(request, progress=True, command=shlex.join(["crystallm-kit", *sys.argv[1:]])).report
+    if options.json:
+        _print_json(report)
+        return 0
+    print_report(report)
+    for name in ("report.html", "report.json", "rows"):
+        if (options.out / name).exists():
+            print(f"{options.out / name}")
     return 0
 
 

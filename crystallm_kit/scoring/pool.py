@@ -1,0 +1,272 @@
+"""Worker processes for parts of sets, killed when one structure does not end: here, or over a Ray cluster.
+
+    with Pool(workers=2) as pool:
+        future = pool.submit({"job": "crystallm_kit.scoring.stages:run_part", "part": 3, ...})
+        future.result()  -> what run_part returned
+
+A task is JSON: the name of a function, and its arguments. Contract: every task ends. The function wraps the
+work on each item in `mark(stage, position)`, which sets the kernel's alarm: first it raises TooLong inside
+the worker, which costs nothing but the item; where the code does not come back to Python, the alarm kills the
+worker. The task is then given to a new one, with the items that killed it in `skip`, so that the function
+can write down why they have no result. POSIX only: Windows has no such alarm.
+
+Not here: what is done with a part (stages.py). The pattern is that of structures/cif_pool.py.
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Protocol
+
+from crystallm_kit.errors import MissingExtra, UserError
+
+Task = dict[str, Any]
+# From the alarm that raises to the one that kills: for code that comes back to Python now and then.
+_GRACE_SECONDS = 5.0
+_MOST_DEATHS = 50  # of workers on one task; more is no bad structure
+
+
+class TooLong(BaseException):
+    """An item took longer than it may. No Exception, so that no library's handler swallows it."""
+
+
+class Hand(Protocol):
+    """What runs one task after the other."""
+
+    def run(self, task: Task) -> Any:
+        """Return what the task's function returned."""
+
+    def close(self) -> None:
+        """End it."""
+
+
+class Pool:
+    """Up to `workers` hands, each started when there is work for it."""
+
+    def __init__(self, workers: int, *, hand: Callable[[], Hand] | None = None) -> None:
+        """Make a pool.
+
+        Args:
+            workers: Tasks at a time.
+            hand: Starts one; None: a process of this machine.
+        """
+        self.workers = workers
+        self._start = hand or Worker
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="scoring")
+        self._local = threading.local()
+        self._hands: list[Hand] = []
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for hand in self._hands:
+            hand.close()
+        self._threads.shutdown(wait=True)
+
+    def submit(self, task: Task) -> "Future[Any]":
+        """Return the future result of a task."""
+        return self._threads.submit(self._run, task)
+
+    def _run(self, task: Task) -> Any:
+        hand: Hand | None = getattr(self._local, "hand", None)
+        if hand is None:
+            hand = self._local.hand = self._start()
+            self._hands.append(hand)
+        return hand.run(task)
+
+
+class Worker:
+    """One process of this machine, started anew where a structure has killed it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[str] | None = None
+        self._closed = False
+
+    def run(self, task: Task) -> Any:
+        """Return what the task's function returned.
+
+        Raises:
+            UserError: If it failed otherwise than by one structure, with what the worker said.
+        """
+        skip: dict[str, str] = dict(task.get("skip", {}))
+        for _ in range(_MOST_DEATHS):
+            answer, at, code = self._ask({**task, "skip": skip})
+            if answer is not None:
+                if "failed" in answer:
+                    raise UserError(answer["failed"])
+                return answer["result"]
+            if self._closed:
+                raise UserError("the pool was closed")
+            if at is None or at in skip:
+                raise UserError(
+                    f"a worker ended with code {code} outside any structure (too little memory?); finished "
+                    "parts are kept: run the same command again, with fewer --workers"
+                )
+            skip[at] = "timeout" if code == -signal.SIGALRM else f"its process ended with code {code}"
+        raise UserError(f"{_MOST_DEATHS} structures of one part killed their processes")
+
+    def close(self) -> None:
+        """Kill the process."""
+        self._closed = True
+        if self._process is not None:
+            self._process.kill()
+
+    def _ask(self, task: Task) -> tuple[dict[str, Any] | None, str | None, int]:
+        """Return the answer; or None, the item at which the process ended, and its exit code."""
+        process = self._process or self._started()
+        at = None
+        try:
+            if process.stdin and process.stdout:
+                process.stdin.write(json.dumps(task) + "\n")
+                process.stdin.flush()
+                for line in process.stdout:
+                    if line.startswith("@"):
+                        at = line[1:].rstrip("\n") or None
+                    elif line.endswith("\n"):
+                        return json.loads(line), None, 0
+        except OSError:  # it went while we wrote; its exit code says why
+            at = at or None
+        self._process = None
+        process.kill()
+        code = process.wait()
+        for pipe in (process.stdin, process.stdout):
+            if pipe is not None:
+                try:
+                    pipe.close()
+                except BrokenPipeError:  # what was left in its buffer has no reader any more
+                    continue
+        return None, at, code
+
+    def _started(self) -> "subprocess.Popen[str]":
+        program = (
+            f"import sys; sys.path[:] = {sys.path!r}; from crystallm_kit.scoring.pool import serve; serve()"
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            env={**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"},
+        )
+        return self._process
+
+
+# ---------------------------------------------------------------- inside a worker
+
+
+class Marks:
+    """Says to the parent at which item the worker is, and limits its time."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+
+    @contextmanager
+    def item(self, stage: str, position: int, seconds: float) -> Iterator[None]:
+        """Limit the work on one item: TooLong, and where that is not heard, the end of the process."""
+        self._tell(f"{stage}:{position}")
+        signal.signal(signal.SIGALRM, _ring)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _ring(_signal: int, _frame: Any) -> None:
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the next one ends the process
+    signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS)
+    raise TooLong
+
+
+def serve() -> None:
+    """Answer the tasks on standard input until it ends: the life of a worker."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    _die_first()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print is no answer
+
+    def tell(text: str) -> None:
+        answers.write(f"@{text}\n")
+        answers.flush()
+
+    for line in sys.stdin:
+        task = json.loads(line)
+        module, _, name = task.pop("job").partition(":")
+        began = time.perf_counter()
+        try:
+            answer = {"result": getattr(importlib.import_module(module), name)(task, Marks(tell))}
+        except (UserError, MissingExtra, OSError, MemoryError) as error:
+            answer = {
+                "failed": f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error)
+            }
+        if isinstance(answer.get("result"), dict):
+            answer["result"]["wall_seconds"] = time.perf_counter() - began
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _die_first() -> None:
+    """Where memory runs out, the kernel should end a worker, which is started again, not the run."""
+    try:
+        with open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:  # noqa: PTH123 - no path of ours
+            file.write("900")
+    except OSError:  # not Linux, or not allowed: then it chooses itself
+        return
+
+
+# ---------------------------------------------------------------- over a cluster
+
+
+def ray_pool(address: str) -> Pool:
+    """Return a pool with a worker for each core of a Ray cluster, whose nodes see the same files.
+
+    Args:
+        address: Of the cluster, such as "ray://head:10001"; "auto": the one that runs here; "local": a new
+            one on this machine.
+
+    Raises:
+        MissingExtra: If ray is not installed.
+        UserError: If there is no cluster.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingExtra.of("--ray", "ray", "ray") from error
+    if not ray.is_initialized():
+        try:
+            ray.init(address=address, log_to_driver=False, include_dashboard=False, configure_logging=False)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"--ray {address}: no cluster ({error}); start one, or give 'local'") from error
+    cores = int(ray.cluster_resources().get("CPU", 1))
+    remote = ray.remote(num_cpus=1, max_restarts=3, max_task_retries=3)(Worker)
+
+    class Far:
+        """A worker somewhere in the cluster: the actor holds a process that may be killed."""
+
+        def __init__(self) -> None:
+            self._actor = remote.remote()
+
+        def run(self, task: Task) -> Any:
+            try:
+                return ray.get(self._actor.run.remote(task))
+            except ray.exceptions.RayTaskError as error:
+                raise UserError(str(error.cause)) from error
+
+        def close(self) -> None:
+            ray.kill(self._actor)
+
+    return Pool(max(1, cores), hand=Far)
