@@ -1,0 +1,152 @@
+"""Which structures of a set are copies of others of the set, and which are known.
+
+    first_copies([a, b, a_as_supercell, None], TOLERANCES["default"]) -> [None, None, 0, None]
+
+Contract: what comes back is what comparing pair by pair with pymatgen's StructureMatcher gives, in each
+protocol's order of arguments and with each protocol's rule of which pairs are compared at all:
+
+    rule                         compared with              arguments         bucket            protocols
+    first_copies                 kept earlier ones          (later, earlier)  reduced formula   kit, mattergen
+    first_copies, cell_formula   kept earlier ones          (later, earlier)  cell formula      crystallm
+    later_copies                 all later ones             (earlier, later)  reduced formula   lemat
+    duplicate_pairs              every other one            both orders       reduced formula   genmetrics
+
+The matcher is neither symmetric nor transitive, so the order of the set matters a little: of
+Crystal-text-LLM's 3,221 published samples 2,196 are kept at the default tolerances, 2,198 of the reversed
+list.
+
+A pair is handed to the matcher but where the answer is certain without it: other formula; another number of
+sites in the reduced cells (without supercells StructureMatcher asks for a bijection of sites);
+lattices that cannot be mapped (lattice_bounds.py).
+
+Not here: reduced cells (structure_matcher.py), the lasting index of a reference (novelty_index.py), shares
+and counts under the protocols' names (novelty_scores.py), alloys (mattergen_disorder.py).
+Sources: the peers' code for the orders of arguments: CrystaLLM bin/check_valid_unique_novel.py, MatterGen
+evaluation/utils/dataset_matcher.py, lemat-genbench metrics/uniqueness_metric.py, matbench-genmetrics
+core/utils/match.py, read in 2026-11.
+"""
+
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crystallm_kit.errors import UserError
+from crystallm_kit.scores.lattice_bounds import may_match, may_match_as_first
+from crystallm_kit.scores.structure_matcher import Reduced, Tolerances, fit
+
+Bucket = Literal["reduced_formula", "cell_formula"]
+_FEW = 4  # forms of a bucket up to which bounds cost more than they save
+
+
+def first_copies(
+    forms: Sequence[Reduced | None],
+    tolerances: Tolerances,
+    *,
+    bucket: Bucket = "reduced_formula",
+    cell_formulas: Sequence[str | None] | None = None,
+) -> list[int | None]:
+    """Return for each form the index of the earliest kept one that it is a copy of; None: it is kept.
+
+    Args:
+        forms: In the order in which they were generated; None: nothing to compare (not a structure, or one
+            that the protocol leaves out), which gives None.
+        tolerances: The matcher's.
+        bucket: "cell_formula" compares only within equal formulas of the cells as given, so that a supercell
+            is no copy.
+        cell_formulas: One for each form, for that bucket: `structure.composition.formula`.
+
+    Raises:
+        UserError: If the cell formulas are missing or of another number.
+    """
+    kept: dict[Hashable, list[int]] = {}
+    copies: list[int | None] = []
+    for i, form in enumerate(forms):
+        if form is None:
+            copies.append(None)
+            continue
+        key = (form.formula, len(form.numbers), _cell_formula(i, forms, bucket, cell_formulas))
+        earlier = kept.setdefault(key, [])
+        candidates = _possible(form, earlier, forms, tolerances)
+        first = next((j for j, other in candidates if fit(form, other, tolerances)), None)
+        copies.append(first)
+        if first is None:
+            earlier.append(i)
+    return copies
+
+
+def later_copies(forms: Sequence[Reduced | None], tolerances: Tolerances) -> list[int | None]:
+    """Return for each form the index of the first later one that is equivalent to it; None: there is none.
+
+    This is LeMat-GenBench's rule: a structure counts as unique if no later one of the set is equivalent, kept
+    or not, with the earlier one as the matcher's first argument. None forms give None.
+    """
+    later: dict[Hashable, list[int]] = {}
+    for i, form in enumerate(forms):
+        if form is not None:
+            later.setdefault((form.formula, len(form.numbers)), []).append(i)
+    found: list[int | None] = [None] * len(forms)
+    for members in later.values():
+        for place, i in enumerate(members[:-1]):
+            form = forms[i]
+            if form is not None:
+                candidates = _possible(form, members[place + 1 :], forms, tolerances)
+                found[i] = next((j for j, other in candidates if fit(form, other, tolerances)), None)
+    return found
+
+
+def duplicate_pairs(forms: Sequence[Reduced | None], tolerances: Tolerances) -> int:
+    """Return how many ordered pairs of different members match: matbench-genmetrics' count of repeats."""
+    buckets: dict[Hashable, list[int]] = {}
+    for i, form in enumerate(forms):
+        if form is not None:
+            buckets.setdefault((form.formula, len(form.numbers)), []).append(i)
+    count = 0
+    for members in buckets.values():
+        for i in members:
+            form, others = forms[i], [j for j in members if j != i]
+            if form is not None and others:
+                candidates = _possible(form, others, forms, tolerances)
+                count += sum(fit(form, other, tolerances) for _, other in candidates)
+    return count
+
+
+def select_possible(
+    form: Reduced,
+    lattices: NDArray[np.float64],
+    tolerances: Tolerances,
+    *,
+    form_is_second: bool = False,
+) -> NDArray[np.intp]:
+    """Return the rows of (M, 3, 3) lattices, of as many sites as the form, that the matcher has to see."""
+    if len(lattices) <= _FEW:
+        return np.arange(len(lattices))
+    if form_is_second:
+        return np.flatnonzero(may_match_as_first(lattices, form.lattice, tolerances))
+    return np.flatnonzero(may_match(form.lattice, lattices, tolerances))
+
+
+def _possible(
+    form: Reduced, indices: Sequence[int], forms: Sequence[Reduced | None], tolerances: Tolerances
+) -> Iterator[tuple[int, Reduced]]:
+    """Yield the forms of a bucket that may be the second argument of a match, in order."""
+    others = [(j, other) for j in indices if (other := forms[j]) is not None]
+    if len(others) > _FEW:
+        lattices = np.array([other.lattice for _, other in others])
+        others = [others[row] for row in select_possible(form, lattices, tolerances)]
+    yield from others
+
+
+def _cell_formula(
+    i: int, forms: Sequence[Reduced | None], bucket: Bucket, cell_formulas: Sequence[str | None] | None
+) -> str | None:
+    if bucket == "reduced_formula":
+        return None
+    if cell_formulas is None or len(cell_formulas) != len(forms):
+        n = "no" if cell_formulas is None else str(len(cell_formulas))
+        raise UserError(
+            f"copies within equal cell formulas: {n} cell formulas for {len(forms)} forms; "
+            "pass one for each, structure.composition.formula"
+        )
+    return cell_formulas[i]
