@@ -16,14 +16,26 @@ from crystallm_kit.errors import UserError
 
 
 def bond_score(structure: Structure) -> float:
-    """Return the share of bonds whose length is plausible, as CrystaLLM counts it.
+    """Return the share of bonds whose length is plausible, as CrystaLLM counts it: see `count_bonds`.
+
+    Raises:
+        UserError: If nothing can be counted (all neighbours are images of one site, or a radius is unknown).
+    """
+    n_good, n_bonds = count_bonds(structure)
+    if n_bonds == 0:
+        raise UserError(f"{structure.formula}: no bond between different sites, so no share of good ones")
+    return n_good / n_bonds
+
+
+def count_bonds(structure: Structure) -> tuple[int, int]:
+    """Return how many bonds are of plausible length, and how many there are.
 
     Bonds are pymatgen's CrystalNN neighbours with another site index, each counted from both ends. The
     expected length is the sum of the mean cationic and anionic radius where electronegativities differ by 1.7
     or more, else of the atomic radii; good is a ratio in (0.68, 1.32), with hydrogen below 2.5.
 
     Raises:
-        UserError: If nothing can be counted (all neighbours are images of one site, or a radius is unknown).
+        UserError: If CrystalNN fails, or a radius is unknown.
     """
     from pymatgen.analysis.local_env import CrystalNN
 
@@ -45,9 +57,7 @@ def bond_score(structure: Structure) -> float:
                 has_hydrogen = "H" in (site.specie.symbol, partner.specie.symbol)
                 n_good += ratio < 2.5 if has_hydrogen else 0.68 < ratio < 1.32
                 n_bonds += 1
-    if n_bonds == 0:
-        raise UserError(f"{structure.formula}: no bond between different sites, so no share of good ones")
-    return n_good / n_bonds
+    return n_good, n_bonds
 
 
 def _expected_bond_length(a: Any, b: Any) -> float:

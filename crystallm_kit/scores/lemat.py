@@ -64,7 +64,7 @@ def lemat_checks(structure: Structure, *, found: MeasuredCrystal | None = None) 
 
 def lemat_spacegroup_number(found: MeasuredCrystal) -> int | None:
     """Return the space group that spglib finds at 0.01 angstrom, as the peer asks for it; None: none."""
-    dataset = _spglib_dataset(found)
+    dataset = spglib_dataset(found, SYMPREC_ANGSTROM)
     return None if dataset is None or not 1 <= dataset.number <= 230 else int(dataset.number)
 
 
@@ -166,7 +166,8 @@ def _is_plausible(found: MeasuredCrystal) -> bool:
     )
 
 
-def _spglib_dataset(found: MeasuredCrystal) -> Any:
+def spglib_dataset(found: MeasuredCrystal, symprec_angstrom: float) -> Any:
+    """Return spglib's dataset as pymatgen's SpacegroupAnalyzer asks for it; None: it finds no symmetry."""
     # spglib prints each tolerance that it lowers, unless told not to
     os.environ.setdefault("SPGLIB_WARNING", "OFF")
     import spglib
@@ -176,7 +177,7 @@ def _spglib_dataset(found: MeasuredCrystal) -> Any:
     cell: Any = (found.lattice, found.fractional, labels)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        return spglib.get_symmetry_dataset(cell, symprec=SYMPREC_ANGSTROM, angle_tolerance=5.0)
+        return spglib.get_symmetry_dataset(cell, symprec=symprec_angstrom, angle_tolerance=5.0)
 
 
 @cache

@@ -13,7 +13,7 @@ not neutral unless steps 1 to 3 passed.
 
     NaCl          step 4: +1 and -1
     Fe3O4         step 4: 2 + 3 + 3 - 4 * 2, within 1 of each other
-    Cu3Au         step 1: metallicity 0.83
+    Cu3Au         step 1: metallicity 0.85
 
 Not here: steps 2 and 3 (lemat.py); SMACT's rule (charge.py), which allows one state per element.
 Sources: LeMaterial/lemat-genbench (arXiv:2512.04562), metrics/validity_metrics.py and

@@ -130,14 +130,23 @@ def _crystal_checks(
     asked = {"stated": stated_spacegroup, "asked for": wanted.spacegroup_number}
     if any(number is not None for number in asked.values()):
         yield "spacegroup", "spacegroup_mismatch", lambda: _spacegroup_fault(found, asked)
-    yield "sensible_cell", "cell", lambda: _sensible_cell_fault(found, protocol)
-    if protocol.pair_distance_angstrom or protocol.radius_scale:
-        yield "overlap", "overlap", lambda: _overlap_fault(found, protocol)
-    yield "density", "density", lambda: _density_fault(found, protocol)
+    yield from _geometry_checks(found, protocol)
     if protocol.charge:
         yield "charge", "charge", lambda: _charge_fault(found.counts, protocol)
     if protocol.bond_score:
         yield "bonds", "bonds", lambda: _bond_fault(found.structure, protocol)
+
+
+def _geometry_checks(found: MeasuredCrystal, protocol: Protocol) -> Iterator[_Check]:
+    yield "sensible_cell", "cell", lambda: _sensible_cell_fault(found, protocol)
+    if protocol.pair_distance_angstrom or protocol.radius_scale:
+        yield "overlap", "overlap", lambda: _overlap_fault(found, protocol)
+    yield "density", "density", lambda: _density_fault(found, protocol)
+
+
+def has_valid_geometry(found: MeasuredCrystal, protocol: Protocol) -> bool:
+    """Tell whether cell, distances and density keep a protocol's limits; charge and bonds are left out."""
+    return not found.cell_fault and all(not check() for _, _, check in _geometry_checks(found, protocol))
 
 
 def _molecule_checks(found: MeasuredMolecule, wanted: Conditions) -> Iterator[_Check]:
