@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pymatgen.core import Molecule, Structure
 
-from crystallm_kit.errors import EmptyInput
+from crystallm_kit.errors import DisorderedStructure, EmptyInput
 from crystallm_kit.records import Sample, Verdict
+from crystallm_kit.scores.structure_matcher import TOLERANCES, Reduced, fit, reduced
 
 # The gate at which a reason stops a sample; later gates are those to the right in STAGES.
 STAGES = ("requested", "finished", "parsed", "formula", "symmetry", "distances", "charge", "unique")
@@ -179,7 +180,8 @@ class Form:
     Attributes:
         name: The sample's.
         kind: Forms of different kinds are never copies.
-        content: Reduced structure, or the sorted distances of a molecule.
+        content: `Reduced`; pymatgen's reduced structure where sites are shared; the sorted distances of a
+            molecule.
     """
 
     name: str
@@ -191,9 +193,12 @@ def form_of(name: str, structure: Structure | Molecule) -> Form:
     """Return the form of a structure: for crystals, the primitive and Niggli-reduced cell."""
     if isinstance(structure, Molecule):
         return Form(name, f"molecule {structure.composition.formula}", _distances_of(structure))
-    # What StructureMatcher.fit would do to both sides at each comparison; done once, it saves most time.
-    reduced = _matcher()._get_reduced_structure(structure, True, True)
-    return Form(name, f"crystal {structure.composition.reduced_formula} {len(reduced)}", reduced)
+    try:
+        form = reduced(structure)
+    except DisorderedStructure:
+        content = _matcher()._get_reduced_structure(structure, True, True)
+        return Form(name, f"disordered {structure.composition.reduced_formula} {len(content)}", content)
+    return Form(name, f"crystal {form.formula} {len(form.numbers)}", form)
 
 
 def is_copy(later: Form, earlier: Form) -> bool:
@@ -202,6 +207,8 @@ def is_copy(later: Form, earlier: Form) -> bool:
         return False
     if isinstance(later.content, np.ndarray):
         return bool((np.abs(earlier.content - later.content) <= _MOLECULE_DISTANCE_ANGSTROM).all())
+    if isinstance(later.content, Reduced):
+        return fit(later.content, earlier.content, TOLERANCES["default"])
     return bool(_matcher().fit(later.content, earlier.content, skip_structure_reduction=True))
 
 

@@ -10,15 +10,13 @@ Source: Jiao et al. 2023 (DiffCSP), arXiv:2309.04475.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pymatgen.core import Structure
 
 from crystallm_kit.errors import EmptyInput
-
-CSP_LENGTH_TOLERANCE, CSP_SITE_TOLERANCE, CSP_ANGLE_TOLERANCE_DEGREES = 0.3, 0.5, 10.0
+from crystallm_kit.scores import structure_matcher
 
 
 @dataclass(frozen=True)
@@ -47,20 +45,18 @@ class MatchRate:
 
 
 def rms_distances(candidates: Sequence[Structure | None], truth: Structure) -> list[float | None]:
-    """Return the normalised RMS distance of each candidate to the truth; None where it does not match."""
-    from pymatgen.analysis.structure_matcher import StructureMatcher
+    """Return the normalised RMS distance of each candidate to the truth; None where it does not match.
 
-    matcher = StructureMatcher(
-        ltol=CSP_LENGTH_TOLERANCE, stol=CSP_SITE_TOLERANCE, angle_tol=CSP_ANGLE_TOLERANCE_DEGREES
+    A candidate whose cell is none (flat, not finite) matches nothing.
+
+    Raises:
+        UserError: If the truth has no cell, or shared sites.
+    """
+    return structure_matcher.rms_distances(
+        structure_matcher.reduce_many(candidates),
+        structure_matcher.reduced(truth),
+        structure_matcher.TOLERANCES["csp"],
     )
-    found: list[float | None] = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for candidate in candidates:
-            # pymatgen leaves this method without types
-            distance = None if candidate is None else matcher.get_rms_dist(candidate, truth)  # type: ignore[no-untyped-call]
-            found.append(None if distance is None else float(distance[0]))
-    return found
 
 
 def match_rate(distances: Sequence[Sequence[float | None]], k: int) -> MatchRate:
