@@ -116,6 +116,8 @@ def _add_generation_verbs(verbs: Any) -> None:
     )
     _run_options(generate)
 
+    _add_predict_verb(verbs)
+
     complete = _verb(verbs, "complete", "go on with the beginning of a crystal's text")
     complete.add_argument(
         "text", metavar="TEXT", help=r'the beginning, such as "Ba1 Ti1 O3 221\nBa a\n", a file with it, or -'
@@ -131,6 +133,45 @@ def _add_generation_verbs(verbs: Any) -> None:
     infill.add_argument("--top", type=int, default=10, metavar="N", help="show so many (default: 10)")
     _model_options(infill)
     infill.add_argument("--json", action="store_true", help="print one JSON document")
+
+
+def _add_predict_verb(verbs: Any) -> None:
+    predict = _verb(verbs, "predict", "the polymorphs of a composition: generated, relaxed, ranked by energy")
+    predict.add_argument(
+        "prompt", nargs="?", metavar="FORMULA", help='Sn5S4Cl2, or words with a formula: "TiO2 in P4_2/mnm"'
+    )
+    _condition_options(predict)
+    predict.add_argument("-n", type=int, metavar="N", help="samples (default: as said in words, else 50)")
+    predict.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="same seed, same samples (default: 0)"
+    )
+    for name, unit in (("temperature", "T"), ("number-temperature", "T"), ("top-p", "P"), ("top-k", "K")):
+        kind = int if name == "top-k" else float
+        predict.add_argument(f"--{name}", type=kind, metavar=unit, help="as for generate")
+    _model_options(predict)
+    predict.add_argument("--protocol", default="kit", metavar="NAME", help="set of checks (default: kit)")
+    group = predict.add_argument_group("energies")
+    group.add_argument(
+        "--potential", default="chgnet", metavar="NAME",
+        help="chgnet, or an ASE calculator or torch-sim model as module:factory (default: chgnet)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-steps", type=int, default=300, metavar="N", help="of a relaxation (default: 300)"
+    )
+    group.add_argument("--workers", type=int, metavar="N", help="processes that relax (default: all cores)")
+    group.add_argument("--no-relax", action="store_true", help="rank by likelihood, as generated")
+    group.add_argument(
+        "--hull", metavar="FILE",
+        help="energies to make the convex hull of (formula, formation_energy_per_atom; CSV, JSON, Parquet), "
+        "or materials-project, with the key in MP_API_KEY",
+    )  # fmt: skip
+    group.add_argument(
+        "--references", metavar="JSON", help="element references of another potential than chgnet"
+    )
+    predict.add_argument("--out", type=Path, metavar="DIR", help="(default: predictions/<formula>)")
+    predict.add_argument(
+        "--json", action="store_true", help="print one JSON document; notes go to standard error"
+    )
 
 
 def _add_serve_verb(verbs: Any) -> None:

@@ -4,11 +4,13 @@
     0-0     NaCl     Fm-3m (225)      22.41      2.820  valid
     0-1     NaCl     Pm-3m (221)      20.10      2.960  duplicate: same crystal a…
 
-Not here: what is counted (scores/funnel.py), the output for programs (generation.sample_to_dict).
+Not here: what is counted (scores/funnel.py, prediction.py), the output for programs
+(generation.sample_to_dict).
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -18,6 +20,9 @@ from rich.text import Text
 from crystallm_kit.records import Sample
 from crystallm_kit.scores.funnel import STAGES, Funnel
 from crystallm_kit.structures.spacegroups import spacegroup_symbol
+
+if TYPE_CHECKING:
+    from crystallm_kit.prediction import Prediction
 
 T = TypeVar("T")
 SHOWN = 20  # samples of a long run that the table shows
@@ -53,6 +58,41 @@ def samples_table(samples: Sequence[Sample], *, names: str = "sample") -> Table:
             _number(sample, "nearest_distance_angstrom", 3),
             Text(said, no_wrap=True, overflow="ellipsis"),
         )
+    return table
+
+
+def polymorphs_table(prediction: "Prediction") -> Table:
+    """Return the first polymorphs of a prediction; hull distances where there are any."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    has_energies = prediction.ranked_by == "energy"
+    has_hull = any(math.isfinite(p.hull_distance_ev_per_atom) for p in prediction.polymorphs)
+    columns = [
+        "rank",
+        "space group",
+        "meV/atom above best",
+        "meV/atom above hull",
+        "Å³/atom",
+        "atoms",
+        "found",
+    ]
+    shown = [name for name in columns if has_energies or "best" not in name]
+    shown = [name for name in shown if has_hull or "hull" not in name]
+    for name in shown:
+        table.add_column(name, no_wrap=True, justify="left" if name == "space group" else "right")
+    table.add_column("")
+    for one in prediction.polymorphs[:SHOWN]:
+        number = one.spacegroup_number
+        cells = {
+            "rank": str(one.rank),
+            "space group": "-" if number is None else f"{spacegroup_symbol(number)} ({number})",
+            "meV/atom above best": f"{one.above_best_mev_per_atom:.1f}",
+            "meV/atom above hull": f"{1000 * one.hull_distance_ev_per_atom:.0f}",
+            "Å³/atom": f"{one.volume_per_atom_angstrom3:.2f}",
+            "atoms": str(one.n_sites),
+            "found": str(one.n_found),
+        }
+        note = "not converged" if has_energies and not one.converged else ""
+        table.add_row(*(cells[name] for name in shown), note)
     return table
 
 

@@ -57,6 +57,59 @@ def generate(options: argparse.Namespace) -> int:
         return _finish(options, samples, n, understood=understood, conditions=conditions)
 
 
+def predict(options: argparse.Namespace) -> int:
+    """Generate candidates for a composition, relax them, and show the polymorphs by energy."""
+    from crystallm_kit.prediction import predict
+    from crystallm_kit.structures.relaxation_workers import RelaxSettings
+
+    understood, conditions = _asked(options)
+    if not conditions.formula:
+        raise UserError("nothing to predict: give a formula, such as Sn5S4Cl2")
+    n = 50 if options.n is None and (understood is None or understood.n is None) else None
+    n = n or _n_requested(options, understood)
+    given = _sampling(options)
+    formula = "".join(f"{e}{k if k > 1 else ''}" for e, k in conditions.formula.items())
+    out = options.out or Path("predictions") / formula
+    hull, references = (None, None) if options.no_relax else _hull(options, conditions)
+    with _opened(options) as model:
+        prediction = predict(
+            conditions, n=n, seed=options.seed, model=model, sampling=replace(model.sampling, **given),
+            protocol=options.protocol, relaxes=not options.no_relax, hull=hull, references=references,
+            relaxation=RelaxSettings(potential=options.potential, max_steps=options.max_steps), out=out,
+            workers=options.workers, say=_progress if sys.stderr.isatty() else None,
+        )  # fmt: skip
+    if options.json:
+        _print_json({**prediction.as_dict(), "out": str(out)})
+        return 0
+    from crystallm_kit.screen import console, polymorphs_table
+
+    print()
+    console().print(polymorphs_table(prediction))
+    for line in prediction.lines():
+        print(line)
+    print(f"files: {out}")
+    return 0
+
+
+def _hull(options: argparse.Namespace, conditions: Conditions) -> Any:
+    """Return the hull and the references that are asked for; None where they are not."""
+    from crystallm_kit.scores.element_references import read_references, shipped_references
+    from crystallm_kit.scores.hull_sources import materials_project_hull, read_hull
+
+    if options.hull is None:
+        return None, None
+    references = (
+        read_references(options.references) if options.references else shipped_references(options.potential)
+    )
+    if options.hull == "materials-project":
+        return materials_project_hull(conditions.formula or ()), references
+    return read_hull(options.hull), references
+
+
+def _progress(what: str, done: int, n: int) -> None:
+    print(f"\r{what} {done:,} of {n:,} ", end="\n" if done == n else "", file=sys.stderr, flush=True)
+
+
 def complete(options: argparse.Namespace) -> int:
     """Go on with the beginning of a crystal's text; judge, write and show what comes."""
     from crystallm_kit.generation import complete_crystal
