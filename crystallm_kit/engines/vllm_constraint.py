@@ -50,6 +50,7 @@ _END_ID = TOKENS.index(END)
 # Stands for log 0 where a token is forced that the mask rules out: all of a row at -inf would be no choice.
 _IMPOSSIBLE = -1e30
 _NEARLY_GREEDY = 1e-6  # dividing by it leaves the most likely token alone
+_NO_TOKENS: list[int] = []  # of a slot that is free; never written to
 # What a compiled request is read with: nothing of it is open any more.
 _ANY_MODEL = ServedModel(tuple(ELEMENTS), MAX_SITES, has_wyckoff_ids=True)
 
@@ -106,9 +107,15 @@ class CrystalConstraint(LogitsProcessor):  # type: ignore[misc]
         self._broken_B = torch.zeros(self._n_slots, dtype=torch.bool, device=self._device)
         self._columns_V = torch.arange(self._n_tokens, device=self._device)
         self._checks = False  # whether a request's text was ever given, so that it may not fit the request
-        self._states: list[_Row] = []
-        self._n_read = np.zeros(0, dtype=np.int64)
-        self._arrange()
+        # what `_catch_up` asks of each slot; only slots whose request changes are written anew
+        self._outputs: list[list[int]] = [_NO_TOKENS] * self._n_slots
+        self._is_read_B = np.zeros(self._n_slots, dtype=bool)
+        self._n_given_B = np.zeros(self._n_slots, dtype=np.int64)
+        self._n_read_B = np.zeros(self._n_slots, dtype=np.int64)
+        self._begun: set[int] = set()
+        self._uniform: dict[int, list[int]] = {}
+        self._asked_B = np.repeat(_asked_columns(None)[:, None], self._n_slots, axis=1)
+        self._send_asked()
 
     def is_argmax_invariant(self) -> bool:
         """Return False: masks change what is most likely."""
@@ -116,8 +123,14 @@ class CrystalConstraint(LogitsProcessor):  # type: ignore[misc]
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
         """Follow requests that come, go and change place."""
+        if batch_update is None:
+            return
+        places = {*batch_update.removed, *(added[0] for added in batch_update.added)}
+        places.update(place for one, other, _ in batch_update.moved for place in (one, other))
+        for i in places & self._rows.keys():
+            self._rows[i].n_read = int(self._n_read_B[i])
         if process_dict_updates(self._rows, batch_update, _new_row):
-            self._arrange()
+            self._arrange(places)
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Return the logits, (R, V) float32, changed in place in the rows of our requests."""
@@ -171,15 +184,13 @@ class CrystalConstraint(LogitsProcessor):  # type: ignore[misc]
             return otherwise_B[:size]
         return torch.where(in_numbers_R, numbers_B[:size], otherwise_B[:size])
 
-    def _arrange(self) -> None:
-        """Bring slots and tables in line with the rows, after requests came, went or changed place."""
-        for row, n_read in zip(self._states, self._n_read.tolist(), strict=True):
-            row.n_read = n_read
-        rows = self._rows
+    def _arrange(self, places: set[int]) -> None:
+        """Bring slots and tables in line with the rows at these places, whose requests have changed."""
+        rows = {i: row for i in places if (row := self._rows.get(i)) is not None}
         constrained = {i: row for i, row in rows.items() if row.asked.request is not None}
         moved = {row.slot: i for i, row in constrained.items() if row.slot not in (-1, i)}
         fresh = {i: row for i, row in constrained.items() if row.slot == -1}
-        free = self._occupied - constrained.keys()
+        free = (self._occupied & places) - constrained.keys()
         if constrained and self._constraint is None:
             self._constraint = WyckoffConstraint.empty(
                 self._n_slots, vocabulary_size=self._n_tokens, device=self._device
@@ -194,42 +205,36 @@ class CrystalConstraint(LogitsProcessor):  # type: ignore[misc]
                 self._constraint.put([*free, *fresh], requests)
                 if self._checks:
                     self._broken_B[[*free, *fresh]] = False
-        for i, row in constrained.items():
-            row.slot = i
-        self._occupied = set(constrained)
+        self._occupied = (self._occupied - places) | constrained.keys()
         self._checks |= any(row.given or row.asked.beginning for row in fresh.values())
-        self._index = np.fromiter(rows, np.int64, len(rows))
-        self._states = list(rows.values())
-        self._outputs = [row.output for row in self._states]
-        self._is_read = np.array([row.asked.request is not None for row in self._states], dtype=bool)
-        self._n_given = np.array([len(row.given) for row in self._states], dtype=np.int64)
-        self._n_read = np.array([row.n_read for row in self._states], dtype=np.int64)
-        self._begun = [r for r, row in enumerate(self._states) if row.asked.beginning]
-        self._drawing = np.array([r for r, row in enumerate(self._states) if row.uniform], dtype=np.int64)
-        self._uniform = [row.uniform for row in self._states if row.uniform]
-        self._set_tables()
+        for i in places:
+            self._describe(i, self._rows.get(i))
+        self._send_asked()
 
-    def _set_tables(self) -> None:
-        """Copy to the device what each row asks for."""
-        table = np.zeros((8, self._n_slots), dtype=np.float32)
-        asked = [row.asked for row in self._states]
-        table[:, self._index] = np.array(
-            [
-                (
-                    1.0, a.seed is not None, 1.0, _sharpening(a),
-                    max(a.temperature, _NEARLY_GREEDY), max(a.number_temperature, _NEARLY_GREEDY),
-                    a.top_p, a.top_k,
-                )
-                for a in asked
-            ],
-            dtype=np.float32,
-        ).reshape(len(asked), 8).T  # fmt: skip
-        self._any_sharpened = bool((table[3, self._index] != 1).any())
-        self._any_top_p = bool((table[6, self._index] < 1).any())
-        self._any_top_k = bool((table[7, self._index] > 0).any())
-        table[2:6, table[0] == 0] = 1
-        table[6, table[0] == 0] = 1
-        on_device = self._sent(table)
+    def _describe(self, i: int, row: _Row | None) -> None:
+        """Write down what a slot's request asks for and where it stands; None: the slot is free."""
+        self._outputs[i] = _NO_TOKENS if row is None else row.output
+        self._is_read_B[i] = row is not None and row.asked.request is not None
+        self._n_given_B[i] = 0 if row is None else len(row.given)
+        self._n_read_B[i] = 0 if row is None else row.n_read
+        self._begun.discard(i)
+        self._uniform.pop(i, None)
+        self._asked_B[:, i] = _asked_columns(None if row is None else row.asked)
+        if row is None:
+            return
+        row.slot = i if self._is_read_B[i] else -1
+        if row.asked.beginning:
+            self._begun.add(i)
+        if row.uniform:
+            self._uniform[i] = row.uniform
+
+    def _send_asked(self) -> None:
+        """Copy to the device what each slot asks for."""
+        self._any_sharpened = bool((self._asked_B[3] != 1).any())
+        self._any_top_p = bool((self._asked_B[6] < 1).any())
+        self._any_top_k = bool((self._asked_B[7] > 0).any())
+        # a copy: the next change may be written while this one is on its way
+        on_device = self._sent(self._asked_B.copy())
         self._ours_B, self._draws_B = on_device[0] > 0, on_device[1] > 0
         (
             self._one_B, self._sharpening_B, self._temperature_B, self._number_temperature_B,
@@ -243,32 +248,32 @@ class CrystalConstraint(LogitsProcessor):  # type: ignore[misc]
             (B,) int64: the token that a row must take next, -1: any; None: of no row.
             (B,) float32: the number that a row draws with; None: no row draws.
         """
-        newest_R = np.array([output[-1] if output else -1 for output in self._outputs], dtype=np.int64)
-        n_output_R = np.array([len(output) for output in self._outputs], dtype=np.int64)
-        n_output_R -= (newest_R < 0) & (n_output_R > 0)  # vLLM writes -1 for a token that is still on its way
-        lag_R = np.where(self._is_read, self._n_given + n_output_R - self._n_read, 0)
-        if (lag_R < 0).any():  # tokens were taken back
-            lag_R = self._start_again(lag_R)
-        n_steps = int(lag_R.max(initial=0))
+        newest_B = np.array([output[-1] if output else -1 for output in self._outputs], dtype=np.int64)
+        n_output_B = np.array([len(output) for output in self._outputs], dtype=np.int64)
+        n_output_B -= (newest_B < 0) & (n_output_B > 0)  # vLLM writes -1 for a token that is still on its way
+        lag_B = np.where(self._is_read_B, self._n_given_B + n_output_B - self._n_read_B, 0)
+        if (lag_B < 0).any():  # tokens were taken back
+            lag_B = self._start_again(lag_B)
+        n_steps = int(lag_B.max(initial=0))
         sent = np.full((n_steps + 2, self._n_slots), -1, dtype=np.int32)
-        reads_one_R = (lag_R == 1) & (newest_R >= 0) & (self._n_read >= self._n_given)
-        sent[0, self._index[reads_one_R]] = newest_R[reads_one_R]
-        for r in ((lag_R > 0) & ~reads_one_R).nonzero()[0].tolist():
-            row = self._states[r]
-            tokens = [*row.given, *row.output[: n_output_R[r]]][self._n_read[r] :]
-            sent[: len(tokens), self._index[r]] = tokens
+        reads_one_B = (lag_B == 1) & (newest_B >= 0) & (self._n_read_B >= self._n_given_B)
+        sent[0, reads_one_B] = newest_B[reads_one_B]
+        for i in ((lag_B > 0) & ~reads_one_B).nonzero()[0].tolist():
+            row = self._rows[i]
+            tokens = [*row.given, *row.output[: n_output_B[i]]][self._n_read_B[i] :]
+            sent[: len(tokens), i] = tokens
         begins = False
-        for r in self._begun:
-            beginning = self._states[r].asked.beginning
-            if n_output_R[r] < len(beginning):
-                sent[n_steps, self._index[r]] = beginning[n_output_R[r]]
+        for i in self._begun:
+            beginning = self._rows[i].asked.beginning
+            if n_output_B[i] < len(beginning):
+                sent[n_steps, i] = beginning[n_output_B[i]]
                 begins = True
         if self._uniform:
-            positions = n_output_R[self._drawing].tolist()
-            bits = [bits[min(p, len(bits) - 1)] for bits, p in zip(self._uniform, positions, strict=True)]
-            sent[n_steps + 1, self._index[self._drawing]] = bits
-        is_new_text = bool((self._n_read < self._n_given).any())
-        self._n_read += lag_R
+            drawing = list(self._uniform)
+            positions = zip(self._uniform.values(), n_output_B[drawing].tolist(), strict=True)
+            sent[n_steps + 1, drawing] = [bits[min(p, len(bits) - 1)] for bits, p in positions]
+        is_new_text = bool((self._n_read_B < self._n_given_B).any())
+        self._n_read_B += lag_B
         on_device = self._sent(sent)
         if self._constraint is not None:
             for tokens_B in on_device[:n_steps].long():
@@ -288,15 +293,14 @@ class CrystalConstraint(LogitsProcessor):  # type: ignore[misc]
             moves_B &= ~self._broken_B
         constraint.advance(tokens_B, moves_B)
 
-    def _start_again(self, lag_R: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def _start_again(self, lag_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Forget what the rows have read of which tokens were taken back; return how much they lag now."""
-        rows = (lag_R < 0).nonzero()[0]
+        places = (lag_B < 0).nonzero()[0].tolist()
         if self._constraint is not None:
-            requests = [self._states[r].asked.request for r in rows]
-            self._constraint.put(self._index[rows].tolist(), requests)
-        lag_R[rows] += self._n_read[rows]
-        self._n_read[rows] = 0
-        return lag_R
+            self._constraint.put(places, [self._rows[i].asked.request for i in places])
+        lag_B[places] += self._n_read_B[places]
+        self._n_read_B[places] = 0
+        return lag_B
 
     def _sent(self, array: npt.NDArray[Any]) -> torch.Tensor:
         """Return an array on the device; the copy is not waited for."""
@@ -315,6 +319,17 @@ def _new_row(params: SamplingParams, prompt_ids: list[int] | None, output_ids: l
     # a step more than is asked for may be under way when a request ends
     uniform = uniform_numbers(*asked.seed, (params.max_tokens or 0) + 1)
     return _Row(asked, given, output_ids, uniform.view(np.int32).tolist())
+
+
+def _asked_columns(asked: Arguments | None) -> npt.NDArray[np.float32]:
+    """Return what a slot asks for, (8,): ours, draws, 1, sharpening, temperatures, top_p, top_k."""
+    if asked is None:
+        return np.array([0, 0, 1, 1, 1, 1, 1, 0], dtype=np.float32)
+    temperatures = (max(t, _NEARLY_GREEDY) for t in (asked.temperature, asked.number_temperature))
+    return np.array(
+        [1, asked.seed is not None, 1, _sharpening(asked), *temperatures, asked.top_p, asked.top_k],
+        dtype=np.float32,
+    )
 
 
 def _sharpening(asked: Arguments) -> float:

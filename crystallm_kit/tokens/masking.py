@@ -379,8 +379,7 @@ class WyckoffConstraint:
         """Return (B, L): atoms still missing after each letter, and the fixed letters left (C where
         impossible).
         """
-        left = self.left[:, None, None].expand(-1, N_LETTERS, 1)
-        left = self._t.left_after[self.group].gather(2, left).squeeze(2)
+        left = self._t.left_after[self.group[:, None], self._ids.letters, self.left[:, None]]
         return self.missing[:, None] - self._t.multiplicity[self.group], left
 
     def _letters(self) -> torch.Tensor:
@@ -423,7 +422,7 @@ class WyckoffConstraint:
         following = self._choose_group(mode, tokens, following)
         following = self._use_letter(mode, tokens, following)
         following = self._write_number(mode, tokens, following)
-        self.mode.copy_(torch.where(mode == FREE, self.mode, following))
+        torch.where(mode == FREE, self.mode, following, out=self.mode)
 
     def _write_composition(
         self, mode: torch.Tensor, tokens: torch.Tensor, following: torch.Tensor
@@ -431,22 +430,22 @@ class WyckoffConstraint:
         rank = self._ids.rank_of[tokens]
         writes = (mode == HEADER_ELEMENT) & (rank >= 0)
         at = (self._ids.positions == self.k[:, None]) & writes[:, None]
-        self.composition_rank.copy_(torch.where(at, rank[:, None], self.composition_rank))
+        torch.where(at, rank[:, None], self.composition_rank, out=self.composition_rank)
         due = self.required.gather(1, self.required_met[:, None]).squeeze(1)
         self.required_met.add_(writes & (due == rank))
-        self.rank.copy_(torch.where(writes, rank, self.rank))
+        torch.where(writes, rank, self.rank, out=self.rank)
         self.k.add_(writes)
 
         counts = mode == HEADER_COUNT
         count = torch.where(counts, self._ids.count_of[tokens], 0).clamp(min=0)
         position = (self.k - 1).clamp(min=0)
         at = (self._ids.positions == position[:, None]) & counts[:, None]
-        self.composition_count.copy_(torch.where(at, count[:, None], self.composition_count))
+        torch.where(at, count[:, None], self.composition_count, out=self.composition_count)
         self.total.add_(count)
         plan_count = self.plans.gather(2, position[:, None, None].expand(-1, self.plans.shape[1], 1))
         self.alive.logical_and_(~counts[:, None] | (plan_count.squeeze(2) == count[:, None]))
         for used in (self.used, self.used_in):
-            used.copy_(torch.where(counts[:, None], self._t.after[used, count[:, None]], used))
+            torch.where(counts[:, None], self._t.after[used, count[:, None]], used, out=used)
         return following
 
     def _choose_group(
@@ -454,7 +453,7 @@ class WyckoffConstraint:
     ) -> torch.Tensor:
         group = self._ids.group_of[tokens]
         chosen = (mode == HEADER_ELEMENT) & (group >= 0)
-        self.group.copy_(torch.where(chosen, group, self.group))
+        torch.where(chosen, group, self.group, out=self.group)
         signature = self._t.signature[self.group]
         needed = self._t.everything[signature]  # (B,)
         columns = [needed]
@@ -463,25 +462,26 @@ class WyckoffConstraint:
             needed = torch.where(count > 0, self._t.after[needed, count], needed)
             columns.append(needed)
         enough = torch.stack(columns[::-1], 1)
-        self.enough.copy_(torch.where(chosen[:, None], enough, self.enough))
-        self.left.copy_(torch.where(chosen, self._t.full[signature], self.left))
-        self.missing.copy_(torch.where(chosen, self.composition_count[:, 0], self.missing))
+        torch.where(chosen[:, None], enough, self.enough, out=self.enough)
+        torch.where(chosen, self._t.full[signature], self.left, out=self.left)
+        torch.where(chosen, self.composition_count[:, 0], self.missing, out=self.missing)
         return torch.where(chosen, SITE_ELEMENT, following)
 
     def _use_letter(self, mode: torch.Tensor, tokens: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
         uses = mode == SITE_LETTER
         letter = torch.where(uses, self._ids.letter_of[tokens], 0).clamp(min=0)
-        missing, left = (after.gather(1, letter[:, None]).squeeze(1) for after in self._after_each_letter())
-        self.left.copy_(torch.where(uses, left, self.left))
+        missing = self.missing - self._t.multiplicity[self.group, letter]
+        left = self._t.left_after[self.group, letter, self.left]
+        torch.where(uses, left, self.left, out=self.left)
         at = (self._ids.letters == letter[:, None]) & uses[:, None]
-        self.used_letters.copy_(torch.where(at, 1, self.used_letters))
+        self.used_letters.masked_fill_(at, 1)
         n_free = self._t.n_free[self.group, letter]
         self.n_coordinates.add_(torch.where(uses, n_free, 0))
         placed = uses & (missing == 0)
         element = self.element + placed.long()
         next_count = self.composition_count.gather(1, element.clamp(max=MAX_ELEMENTS - 1)[:, None])
         missing = torch.where(placed, next_count.squeeze(1), missing)
-        self.missing.copy_(torch.where(uses, missing, self.missing))
+        torch.where(uses, missing, self.missing, out=self.missing)
         complete = uses & (element == self.k)
         self.element.copy_(element.clamp(max=MAX_ELEMENTS - 1))
         return torch.where(complete, LATTICE_INTEGER, following)
@@ -491,7 +491,7 @@ class WyckoffConstraint:
     ) -> torch.Tensor:
         kind = self._t.lattice_kind[self.group, self.slot.clamp(max=5)][:, None]
         at = (kind == self._ids.positions[1:3]) & (mode == LATTICE_INTEGER)[:, None]
-        self.angles.copy_(torch.where(at, self._ids.integer_of[tokens][:, None], self.angles))
+        torch.where(at, self._ids.integer_of[tokens][:, None], self.angles, out=self.angles)
         in_lattice, in_coordinates = mode == LATTICE_PAIR, mode == COORDINATE_PAIR
         self.slot.add_(in_lattice)
         self.n_coordinates.sub_(in_coordinates.long())
