@@ -10,7 +10,7 @@ Not here: what is counted (the other modules of this room).
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -59,6 +59,11 @@ class Score:
         """Return it for JSON: NaN as None."""
         plain = asdict(self)
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Score":
+        """Return the score that `as_dict` wrote."""
+        return cls(**{**data, "value": math.nan if data["value"] is None else data["value"]})
 
 
 def share(
