@@ -18,7 +18,12 @@ from html import escape
 N_COLOURS = 8
 WIDTH = 360
 # One shape a colour, so that sets are told apart without it: disc, square, triangle, diamond.
-_MARKS = ("M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z", "M-4-4H4V4H-4Z", "M0-5 5 4H-5Z", "M0-5.5 5.5 0 0 5.5-5.5 0Z")
+MARK_SHAPES = (
+    "M-4 0a4 4 0 1 0 8 0a4 4 0 1 0-8 0Z",
+    "M-4-4H4V4H-4Z",
+    "M0-5 5 4H-5Z",
+    "M0-5.5 5.5 0 0 5.5-5.5 0Z",
+)
 
 
 def number(value: float, digits: int = 3) -> str:
@@ -73,9 +78,8 @@ def colour_class(colour: int) -> str:
 def mark(colour: int, x: float, y: float) -> str:
     """Return the mark of a set at a place."""
     place = f"translate({coordinate(x)} {coordinate(y)})"
-    return (
-        f'<path class="mark {colour_class(colour)}" transform="{place}" d="{_MARKS[colour % len(_MARKS)]}"/>'
-    )
+    shape = MARK_SHAPES[colour % len(MARK_SHAPES)]
+    return f'<path class="mark {colour_class(colour)}" transform="{place}" d="{shape}"/>'
 
 
 @dataclass(frozen=True)

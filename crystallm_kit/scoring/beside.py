@@ -38,7 +38,7 @@ class PublishedBlock:
     Attributes:
         title, protocol, text, note: As of the table.
         columns: (label, unit, our score's name or "") of each.
-        ours: (set's name, its number, the cells).
+        ours: (set's name, its number, (value, interval) of each column; "" where it has none).
         rows: (system, year, the cells).
         sources: All that the cells name, in order.
     """
@@ -48,29 +48,28 @@ class PublishedBlock:
     text: str
     note: str
     columns: list[tuple[str, str, str]]
-    ours: list[tuple[str, int, list[str]]]
+    ours: list[tuple[str, int, list[tuple[str, str]]]]
     rows: list[tuple[str, int | None, list[PublishedCell]]]
     sources: list[str]
 
 
 def published_block(table: PublishedTable, report: Mapping[str, Any]) -> PublishedBlock:
     """Return a published table beside the report's sets; a set without any of its numbers is left out."""
+    # Percentages of a column have as many decimals as the longest; other values those they were printed with.
     digits = {
-        metric: max(
-            (_decimals(row.values[metric].value) for row in table.rows if metric in row.values), default=2
-        )
-        for metric in table.columns
+        metric: max(_decimals(r.values[metric].value) for r in table.rows if metric in r.values)
+        if column.unit == "%"
+        else 0
+        for metric, column in table.columns.items()
     }
     ours = []
     for k, one in enumerate(report["sets"]):
         scores = {score["name"]: score for score in one["scores"]}
         cells = [
-            _our_cell(
-                scores.get(column.beside), column.scale, max(digits[metric], 2 if column.unit == "%" else 0)
-            )
-            for metric, column in table.columns.items()
+            _our_cell(scores.get(column.beside), column.scale, 2 if column.unit == "%" else 4)
+            for column in table.columns.values()
         ]
-        if any(cells):
+        if any(value for value, _ in cells):
             ours.append((str(one["name"]), k, cells))
     rows = [
         (row.system, row.year, [_published_cell(row.values.get(m), digits[m]) for m in table.columns])
@@ -114,7 +113,7 @@ def plain_block(
         mine = [
             _our_cell(scores.get(n), 100.0 if is_share[n] else 1.0, 2 if is_share[n] else 4) for n in names
         ]
-        if any(mine):
+        if any(value for value, _ in mine):
             ours.append((str(one["name"]), k, mine))
     columns = [(label_of(n), "%" if is_share[n] else "", n) for n in names]
     sources = list(dict.fromkeys(cell.source for _, _, cells in rows for cell in cells if cell.source))
@@ -123,22 +122,20 @@ def plain_block(
     return PublishedBlock(title, protocol, str(about.get("text", "")), "", columns, ours, rows, sources)
 
 
-def _our_cell(score: ScoreDict | None, scale: float, decimals: int) -> str:
+def _our_cell(score: ScoreDict | None, scale: float, decimals: int) -> tuple[str, str]:
     if score is None or score["value"] is None:
-        return ""
-    text = f"{score['value'] * scale:.{decimals}f}"
+        return "", ""
     span = interval_of(score)
-    if span is None:
-        return text
-    return f"{text} ({span[0] * scale:.{decimals}f} to {span[1] * scale:.{decimals}f})"
+    between = f"{span[0] * scale:.{decimals}f} to {span[1] * scale:.{decimals}f}" if span else ""
+    return f"{score['value'] * scale:.{decimals}f}", between
 
 
 def _published_cell(value: PublishedValue | None, decimals: int) -> PublishedCell:
     if value is None:
         return PublishedCell()
-    text = f"{value.value:.{decimals}f}"
+    text = f"{value.value:.{max(decimals, _decimals(value.value))}f}"
     if value.plus_minus is not None:
-        text += f" ± {value.plus_minus:.{decimals}f}"
+        text += f" ± {value.plus_minus:g}"
     return PublishedCell(text, value.mark, value.source, value.note, value.needs_recheck, value.second_hand)
 
 

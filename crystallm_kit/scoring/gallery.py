@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pymatgen.core import Lattice, Structure
+from pymatgen.core import Element, Lattice, Structure
 
 from crystallm_kit.scoring.axes import coordinate
 
@@ -31,6 +31,7 @@ _TURN, _TILT = math.radians(-24), math.radians(14)
 _SHELL, _REACH = 1.15, 1.3  # as in crystal.js
 _MOST_SITES = 300  # more are not drawn: a still of them is a blot of some MB
 _MOST_BONDED = 80  # sites; with more, bonds hide the atoms
+_SYMPREC_ANGSTROM = 0.1
 _SIDE = 200
 _UNKNOWN = ("#ff1493", 1.5)
 
@@ -73,8 +74,13 @@ class Scene:
     radius: float
 
 
-def drawn(cif: str) -> Drawn:
-    """Return a crystal's pictures from its CIF, or why there are none."""
+def drawn(cif: str, *, conventional: bool = False) -> Drawn:
+    """Return a crystal's pictures from its CIF, or why there are none.
+
+    Args:
+        cif: Its text.
+        conventional: Draw the conventional cell of the symmetry found within 0.1 angstrom, if any.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -86,6 +92,8 @@ def drawn(cif: str) -> Drawn:
         return Drawn(fault="a site is partly or mixedly occupied")
     if len(structure) > _MOST_SITES:
         return Drawn(fault=f"{len(structure)} sites; up to {_MOST_SITES} are drawn")
+    if conventional:
+        structure = _conventional(structure)
     lattice = _standing(structure.lattice)
     fractional = structure.frac_coords - np.floor(structure.frac_coords + 1e-4)
     elements = [site.specie.symbol for site in structure]
@@ -196,6 +204,24 @@ def gradients(symbols: set[str]) -> str:
             + "</radialGradient>"
         )
     return f'<svg width="0" height="0" class="unseen" aria-hidden="true"><defs>{"".join(shades)}</defs></svg>'
+
+
+def _conventional(structure: Structure) -> Structure:
+    """Return a structure in its conventional cell; itself where that has too many sites or no symmetry."""
+    from moyopy import Cell, MoyoDataset
+
+    numbers = [site.specie.Z for site in structure]
+    try:
+        cell = Cell(structure.lattice.matrix.tolist(), structure.frac_coords.tolist(), numbers)
+        found = MoyoDataset(cell, symprec=_SYMPREC_ANGSTROM)
+    # moyopy has no exception of its own: what it cannot decide stays as it came.
+    except Exception:  # noqa: BLE001
+        return structure
+    standard = found.std_cell
+    if found.number == 1 or len(standard.numbers) > _MOST_BONDED:
+        return structure
+    symbols = [Element.from_Z(number).symbol for number in standard.numbers]
+    return Structure(Lattice(standard.basis), symbols, standard.positions)
 
 
 def _standing(lattice: Lattice) -> Floats:

@@ -16,6 +16,7 @@ from typing import Any
 from crystallm_kit.scoring.axes import Frame, colour_class, coordinate, mark, number, percent, short, svg
 
 _MOST_CATEGORIES = 12
+CRYSTAL_SYSTEMS = ("triclinic", "monoclinic", "orthorhombic", "tetragonal", "trigonal", "hexagonal", "cubic")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ def category_picture(
         return ""
     first = next(iter(shares.values()))
     shown = sorted(most, key=lambda c: (-most[c], c))[:_MOST_CATEGORIES]
-    shown.sort(key=lambda c: (-first.get(c, 0.0), -most[c], c))
+    if set(most) <= set(CRYSTAL_SYSTEMS):
+        shown.sort(key=CRYSTAL_SYSTEMS.index)
+    else:
+        shown.sort(key=lambda c: (-first.get(c, 0.0), -most[c], c))
     step = 18
     frame = Frame(step * len(shown) + 30, (0.0, max(most.values()) * 1.03), left=104, foot=24, x_percent=True)
     parts = [frame.x_axis()]

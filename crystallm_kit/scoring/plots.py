@@ -40,7 +40,7 @@ def funnel_picture(stages: Sequence[Sequence[Any]], name: str, colour: int) -> s
         colour: The set's number.
     """
     total = max((int(count) for _, count in stages), default=0) or 1
-    middle, step, bar = 172, 34, 22
+    middle, step, bar = 166, 34, 21
     parts: list[str] = []
     before, width_before = 0, 0.0
     for k, (stage, count) in enumerate(stages):
@@ -51,13 +51,13 @@ def funnel_picture(stages: Sequence[Sequence[Any]], name: str, colour: int) -> s
                 f'<path class="slope" d="M{coordinate(middle - width_before / 2)} {top - step + bar}'
                 f'h{coordinate(width_before)}L{coordinate(middle + width / 2)} {top}H{left}Z"/>'
             )
-        lost = f' <tspan class="lost" x="{WIDTH - 2}" dy="-16">−{before - int(count):,}</tspan>'
+        lost = f'<text class="lost" x="294" y="{top - 1}" text-anchor="end">−{before - int(count):,}</text>'
         parts.append(
             f'<rect class="fill" x="{left}" y="{top}" width="{coordinate(width)}" height="{bar}" rx="3"/>'
-            f'<text class="name" x="82" y="{top + 15}" text-anchor="end">{short(str(stage), 13)}</text>'
-            f'<text x="{WIDTH - 2}" y="{top + 15}" text-anchor="end"><tspan class="strong">{int(count):,}'
-            f'</tspan> <tspan class="quiet">{percent(int(count) / total)}</tspan>'
-            f"{lost if k and before > int(count) else ''}</text>"
+            f'<text x="80" y="{top + 15}" text-anchor="end">{short(str(stage), 13)}</text>'
+            f'<text class="strong" x="294" y="{top + 15}" text-anchor="end">{int(count):,}</text>'
+            f'<text class="quiet" x="{WIDTH - 2}" y="{top + 15}" text-anchor="end">'
+            f"{percent(int(count) / total)}</text>{lost if k and before > int(count) else ''}"
         )
         before, width_before = int(count), width
     said = ", ".join(f"{stage} {count:,}" for stage, count in stages)
@@ -125,11 +125,12 @@ def _labelled(frame: Frame, plot: Mapping[str, Any]) -> str:
     (x0, x1), (y0, y1) = frame.across, frame.up
     middle, centre = (frame.x(x0) + frame.x(x1)) / 2, (frame.y(y0) + frame.y(y1)) / 2
     return (
-        frame.axes() + f'<path class="diagonal" d="M{coordinate(frame.x(x0))} {coordinate(frame.y(y0))}'
+        f'{frame.axes()}<path class="diagonal" d="M{coordinate(frame.x(x0))} {coordinate(frame.y(y0))}'
         f'L{coordinate(frame.x(x1))} {coordinate(frame.y(y1))}"/>'
         f'<text class="label" x="{coordinate(middle)}" y="{frame.height - 4}" text-anchor="middle">'
         f"{short(str(plot['x_label']) + unit, 48)}</text>"
-        f'<text class="label" transform="translate(11 {coordinate(centre)}) rotate(-90)" text-anchor="middle">'
+        f'<text class="label" transform="translate(11 {coordinate(centre)}) rotate(-90)"'
+        f' text-anchor="middle">'
         f"{short(str(plot['y_label']) + unit, 40)}</text>"
     )
 

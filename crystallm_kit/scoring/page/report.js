@@ -13,9 +13,17 @@
   let viewer = null; // a promise of it, once something is shown
   let shown = null;
   let cells = 1;
+  const LARGER = 1.3; // than the server's page shows it: there is no legend around it
 
   function sceneShown() {
     return sceneOf({ lattice: structures[shown].lattice, sites: structures[shown].sites }, { cells });
+  }
+
+  async function startViewer() {
+    const ready = await createViewer(find("#viewer"));
+    // Looking along an axis fits the crystal anew.
+    find("#viewer").addEventListener("keydown", (event) => "abc0".includes(event.key) && ready?.zoom(LARGER));
+    return ready;
   }
 
   async function show(number, { scroll = false } = {}) {
@@ -27,11 +35,13 @@
     find(".facts").replaceChildren(...about.childNodes);
     find(".file pre").textContent = structures[number].cif;
     if (scroll) stage.scrollIntoView({ block: "nearest" });
-    viewer ??= createViewer(find("#viewer"));
+    viewer ??= startViewer();
     const ready = await viewer;
     if (shown !== number) return;
-    if (ready) ready.show(sceneShown(), { afresh: isNew });
-    else {
+    if (ready) {
+      ready.show(sceneShown(), { afresh: isNew });
+      ready.zoom(LARGER);
+    } else {
       find("#viewer").replaceChildren(find(".still", card).cloneNode(true));
       find(".stage .note").hidden = false;
       find(".handles").hidden = true;
@@ -47,14 +57,16 @@
     for (const card of cards) {
       find(".pick", card).addEventListener("click", () => show(Number(card.dataset.structure), { scroll: true }));
     }
-    const keys = { a: (v) => v.along(0), b: (v) => v.along(1), c: (v) => v.along(2), 0: (v) => v.along(null), "+": (v) => v.zoom(1.25), "-": (v) => v.zoom(0.8) };
+    // A button does what its key does in the view.
     for (const button of all("[data-view]")) {
-      button.addEventListener("click", async () => keys[button.dataset.view](await viewer));
+      button.addEventListener("click", () => find("#viewer").dispatchEvent(new KeyboardEvent("keydown", { key: button.dataset.view })));
     }
     find("[data-cells]").addEventListener("click", async (event) => {
       cells = cells === 1 ? 2 : 1;
       event.currentTarget.setAttribute("aria-pressed", String(cells === 2));
-      (await viewer).show(sceneShown());
+      const ready = await viewer;
+      ready.show(sceneShown());
+      ready.zoom(LARGER);
     });
     find("[data-save]").addEventListener("click", () => {
       const link = document.createElement("a");
@@ -116,7 +128,7 @@
     });
   }
 
-  // ---------------------------------------------------------------- the contents, and paper
+  // ---------------------------------------------------------------- the contents
 
   function prepareContents() {
     const links = new Map(all(".contents a").map((link) => [link.hash.slice(1), link]));
@@ -131,10 +143,6 @@
     }, { rootMargin: "-60px 0px -55% 0px" });
     for (const id of links.keys()) if (document.getElementById(id)) observer.observe(document.getElementById(id));
   }
-
-  // Paper is light: dark colours are left at the screen.
-  addEventListener("beforeprint", () => document.documentElement.classList.add("paper"));
-  addEventListener("afterprint", () => document.documentElement.classList.remove("paper"));
 
   prepareTable();
   prepareContents();
