@@ -242,7 +242,7 @@ def test_scaling_and_back():
 
 
 def test_means_of_the_range_are_those_of_maximum_less_minimum():
-    """Half of the 132 frozen means check each other; a digit typed wrong would show.
+    """Half of the 132 frozen means check each other; a digit typed wrong would show."""
     tables = magpie_tables()
     low, high, spread = tables.means.reshape(22, 6)[:, :3].T
     np.testing.assert_allclose(high - low, spread, rtol=1e-9)
