@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_serve_verb(verbs)
     _add_structure_verbs(verbs)
     _add_scoring_verbs(verbs)
+    _add_benchmark_verb(verbs)
     _add_model_verbs(verbs)
     return parser
 
@@ -309,6 +310,18 @@ def _add_scoring_verbs(verbs: Any) -> None:
         help="a Ray cluster in their place, whose nodes see the same files; auto; local: a new one here",
     )  # fmt: skip
     how.add_argument("--json", action="store_true", help="print report.json")
+
+
+def _add_benchmark_verb(verbs: Any) -> None:
+    benchmark = _verb(verbs, "benchmark", "a table by a recipe: generate, score, published rows beside")
+    benchmark.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="a recipe, as in eval/")
+    benchmark.add_argument(
+        "--out", type=Path, metavar="DIR", help="samples, scores, table (default: runs/RECIPE); resumes there"
+    )
+    benchmark.add_argument("--workers", type=int, metavar="N", help="scoring processes (default: all cores)")
+    benchmark.add_argument("--batch-size", type=int, default=256, metavar="N", help="samples drawn together")
+    _set_option(benchmark, "such as 'targets.files=[mp_test.parquet]' or targets.first=100")
+    benchmark.add_argument("--json", action="store_true", help="print our rows as one JSON document")
 
 
 def _add_model_verbs(verbs: Any) -> None:

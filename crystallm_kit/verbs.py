@@ -389,6 +389,28 @@ def import_(options: argparse.Namespace) -> int:
     return 0
 
 
+def benchmark(options: argparse.Namespace) -> int:
+    """Run a benchmark by its recipe, or finish one that was interrupted."""
+    from crystallm_kit.benchmarks.recipe import BenchmarkRecipe
+    from crystallm_kit.benchmarks.run import run_benchmark
+    from crystallm_kit.benchmarks.table import as_json, own_table
+    from crystallm_kit.recipes import load_recipe
+
+    recipe = load_recipe(options.recipe, BenchmarkRecipe, tuple(options.set))
+    out = options.out or Path("runs") / options.recipe.stem
+    words = ["crystallm-kit", "benchmark", str(options.recipe), *(f"--set {entry}" for entry in options.set)]
+    rows = run_benchmark(
+        recipe, out, where=str(options.recipe), command=" ".join(words), processes=options.workers,
+        batch_size=options.batch_size, say=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
+    if options.json:
+        _print_json(as_json(recipe.title, rows, []))
+    else:
+        print("\n".join(own_table(rows)))
+        print(f"{out / 'table.md'}: with the published rows beside")
+    return 0
+
+
 def tokenizer(options: argparse.Namespace) -> int:
     """Build tokenizers from their recipes."""
     from crystallm_kit.tokens.tokenizer import main as build

@@ -19,7 +19,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 ORDER = (
     ("errors",), ("records",), ("recipes",), ("structures",), ("text",), ("scores",), ("scoring",),
     ("tokens",), ("models",), ("training",), ("engines",), ("generation",), ("results",), ("conditioned",),
-    ("prediction",), ("benchmark",),
+    ("prediction",), ("benchmark",), ("benchmarks",),
     ("fine_tuning",), ("server",), ("screen",), ("verbs",), ("cli",), ("__main__",),
 )  # fmt: skip
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
