@@ -1,0 +1,250 @@
+"""A benchmark from its recipe to its table: draw, score, write; killed, the same command goes on.
+
+    out/
+      settings.json       the recipe that the folder is of; another one is refused
+      1-name/samples/     what the first generator drew, block by block
+      1-name/scores.json  its rows
+      table.md table.json ours, with the published rows beside
+
+Not here: the verb's options (cli.py).
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pymatgen.core import Structure
+
+from crystallm_kit.benchmarks.candidates import Asked, asked_of, candidates_of, draw_candidates
+from crystallm_kit.benchmarks.recipe import BenchmarkRecipe, Generator, check_files
+from crystallm_kit.benchmarks.structure_prediction import (
+    Prediction,
+    candidates_from_file,
+    in_order,
+    prediction_scores,
+)
+from crystallm_kit.benchmarks.table import OwnRow, as_json, markdown
+from crystallm_kit.errors import EmptyInput, UserError
+from crystallm_kit.generation import Model, load_model
+from crystallm_kit.recipes import recipe_to_dict
+from crystallm_kit.records import Conditions, Crystal
+from crystallm_kit.scores.score import Score
+from crystallm_kit.scoring.published import published_table
+from crystallm_kit.structures.files import read
+
+Say = Callable[[str], None]
+_UNASKED_PER_BLOCK = 20  # samples de novo in the place of one target's candidates
+_VERSIONS = ("crystallm-kit", "pymatgen", "torch", "transformers", "moyopy")
+
+
+def run_benchmark(
+    recipe: BenchmarkRecipe,
+    out: str | Path,
+    *,
+    where: str = "recipe",
+    command: str = "",
+    processes: int | None = None,
+    batch_size: int = 256,
+    say: Say = lambda _: None,
+) -> list[OwnRow]:
+    """Run a benchmark, or finish one that was interrupted; write its table and return our rows.
+
+    Args:
+        recipe: What to do.
+        out: Folder of samples, scores and table.
+        where: Name of the recipe's file, for messages.
+        command: That asked for it; printed under the table.
+        processes: For scoring; None: one per usable core.
+        batch_size: Of the engine.
+        say: Told of progress.
+
+    Raises:
+        RecipeError: If a file that it names is not there.
+        UnknownName: If it names a published table that is not there.
+        UserError: If the folder is of another recipe.
+        EmptyInput: If there are no targets.
+    """
+    check_files(recipe, where)
+    tables = [published_table(name) for name in recipe.published]
+    out = Path(out)
+    _check_folder(recipe, out)
+    begun = time.perf_counter()
+    targets = _targets(recipe, say)
+    rows: list[OwnRow] = []
+    for number, generator in enumerate(recipe.generators, start=1):
+        folder = out / f"{number}-{re.sub(r'[^A-Za-z0-9.-]+', '_', generator.name)[:60]}"
+        rows += _rows_of(recipe, generator, folder, targets, processes, batch_size, say)
+    about = [*_about(recipe, targets), f"command: `{command}`" if command else "command: from Python"]
+    _write(out / "table.md", markdown(recipe.title, rows, tables, about))
+    _write(out / "table.json", json.dumps(as_json(recipe.title, rows, about), indent=1, ensure_ascii=False))
+    say(f"{time.perf_counter() - begun:.0f} s; {out / 'table.md'}")
+    return rows
+
+
+def _targets(recipe: BenchmarkRecipe, say: Say) -> list[Crystal]:
+    if recipe.task == "de-novo":
+        return []
+    found = list(
+        islice(
+            read(list(recipe.targets.files), on_error=lambda f: say(f"not a target: {f.file}: {f.reason}")),
+            recipe.targets.first,
+        )
+    )
+    if not found:
+        raise EmptyInput(f"{', '.join(recipe.targets.files)}: no targets, so no rate")
+    return found
+
+
+def _rows_of(
+    recipe: BenchmarkRecipe, generator: Generator, folder: Path, targets: list[Crystal],
+    processes: int | None, batch_size: int, say: Say,
+) -> list[OwnRow]:  # fmt: skip
+    """Return the rows of one generator, from its file where they are there."""
+    kept = folder / "scores.json"
+    if kept.exists():
+        return [_own_row(row) for row in json.loads(kept.read_text(encoding="utf-8"))["rows"]]
+    if recipe.task == "de-novo":
+        rows = [_de_novo_row(recipe, generator, folder, processes, batch_size, say)]
+    else:
+        truths = [t.structure for t in targets if isinstance(t.structure, Structure)]
+        rows = []
+        for one in _predictions(recipe, generator, folder, targets, batch_size, say):
+            say(f"{one.name}: matching {len(truths):,} targets")
+            scores = prediction_scores(one, truths, recipe.k, processes=processes)
+            rows.append(OwnRow(one.name, scores, one.about))
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(kept, json.dumps(as_json(generator.name, rows, []), indent=1, ensure_ascii=False))
+    return rows
+
+
+def _predictions(
+    recipe: BenchmarkRecipe, generator: Generator, folder: Path, targets: list[Crystal], batch_size: int,
+    say: Say,
+) -> Iterator[Prediction]:  # fmt: skip
+    k = max(recipe.k)
+    if generator.samples is not None:
+        crystals = read(generator.samples)
+        yield Prediction(
+            generator.name, candidates_from_file(crystals, targets, k, generator.name), generator.about
+        )
+        return
+    model = _model(generator, batch_size)
+    asked = [asked_of(target, recipe.given) for target in targets]
+    _draw(recipe, generator, asked, model, folder, generator.drawn or k, say)
+    found = dict(candidates_of(folder / "samples", model.representation))
+    for order in generator.orders:
+        name = generator.name if len(generator.orders) == 1 else f"{generator.name}, {order}"
+        rows = [in_order(order, found[one.target], k) for one in asked]
+        yield Prediction(name, rows, generator.about)
+
+
+def _draw(
+    recipe: BenchmarkRecipe, generator: Generator, asked: Sequence[Asked], model: Model, folder: Path,
+    n_drawn: int, say: Say, per_block: int = 1,
+) -> None:  # fmt: skip
+    draw_candidates(
+        asked, model, folder / "samples", n_drawn=n_drawn, seed=recipe.seed,
+        targets_per_block=recipe.targets_per_block * per_block,
+        say=lambda done, of: say(f"{generator.name}: {done:,} of {of:,} drawn"),
+    )  # fmt: skip
+
+
+def _model(generator: Generator, batch_size: int) -> Model:
+    if generator.engine == "template":
+        return load_model(engine="template", library=generator.library)
+    return load_model(
+        generator.model, adapter=generator.adapter, engine=generator.engine, batch_size=batch_size
+    )
+
+
+def _de_novo_row(
+    recipe: BenchmarkRecipe, generator: Generator, folder: Path, processes: int | None, batch_size: int,
+    say: Say,
+) -> OwnRow:  # fmt: skip
+    """Draw what nothing is asked of, and score it as `crystallm-kit score` does."""
+    from crystallm_kit.scoring.run import score
+
+    samples = generator.samples or str(_drawn_unasked(recipe, generator, folder, batch_size, say))
+    options: dict[str, Any] = {}
+    if recipe.scoring.hull is not None:
+        options["hull"] = recipe.scoring.hull
+        options |= {"relax": recipe.scoring.relax, "potential": recipe.scoring.potential}
+    if recipe.scoring.fingerprints:
+        options["fingerprints"] = True
+    scores = score(
+        f"{generator.name}={samples}", reference=recipe.scoring.reference, out=folder / "scored",
+        limit=recipe.n, workers=processes, **options,
+    )  # fmt: skip
+    return OwnRow(generator.name, {s.name: s for s in scores[generator.name]}, generator.about)
+
+
+def _drawn_unasked(
+    recipe: BenchmarkRecipe, generator: Generator, folder: Path, batch_size: int, say: Say
+) -> Path:
+    model = _model(generator, batch_size)
+    asked = [Asked(str(i), Conditions()) for i in range(recipe.n)]
+    _draw(recipe, generator, asked, model, folder, 1, say, per_block=_UNASKED_PER_BLOCK)
+    together = folder / "samples.jsonl.gz"
+    blocks = sorted((folder / "samples").glob("*.gz"))
+    together.write_bytes(b"".join(block.read_bytes() for block in blocks))  # gzip files joined are one
+    return together
+
+
+def _own_row(data: dict[str, Any]) -> OwnRow:
+    scores = map(Score.from_dict, data["scores"])
+    return OwnRow(data["name"], {s.name: s for s in scores}, data["about"])
+
+
+def _about(recipe: BenchmarkRecipe, targets: Sequence[Crystal]) -> list[str]:
+    versions = ", ".join(f"{name} {version(name)}" for name in _VERSIONS)
+    lines = [f"seed {recipe.seed}; {versions}"]
+    if targets:
+        told = " and ".join(recipe.given)
+        lines.insert(0, f"{len(targets):,} targets, {told} given. {recipe.targets.about}".rstrip())
+    else:
+        lines.insert(0, f"{recipe.n:,} samples a generator, nothing asked")
+    return lines
+
+
+def _check_folder(recipe: BenchmarkRecipe, out: Path) -> None:
+    """Write down what the folder is of. Raises UserError if it is of another recipe."""
+    settings = json.loads(
+        json.dumps({**recipe_to_dict(replace(recipe, published=())), "inputs": _hashes(recipe)})
+    )
+    path = out / "settings.json"
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: a file, expected a folder for the results; name another with --out")
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known != settings:
+            differing = sorted(k for k in {*known, *settings} if known.get(k) != settings.get(k))
+            raise UserError(
+                f"{out}: holds a benchmark of other settings ({', '.join(differing)}); "
+                "name another folder with --out, or remove this one"
+            )
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    _write(path, json.dumps(settings, indent=1, ensure_ascii=False))
+
+
+def _hashes(recipe: BenchmarkRecipe) -> dict[str, str]:
+    """Return the hash of each file that decides over the numbers."""
+    named = [*recipe.targets.files, *recipe.scoring.reference, *filter(None, [recipe.scoring.hull])]
+    for generator in recipe.generators:
+        named += [*generator.library, *filter(None, [generator.samples])]
+    return {
+        name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in named if Path(name).is_file()
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.writing")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
