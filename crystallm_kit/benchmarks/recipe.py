@@ -12,13 +12,13 @@ Not here: drawing (candidates.py), tables (table.py).
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from crystallm_kit.errors import RecipeError
 
 Order = Literal["drawn", "ranked"]
 Given = Literal["composition", "spacegroup"]
-Task = Literal["structure-prediction", "de-novo"]
+Task = Literal["structure-prediction", "de-novo", "conditional"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Generator:
 
 @dataclass(frozen=True)
 class Scoring:
-    """How de novo samples are scored: as by `crystallm-kit score`.
+    """How samples without a target are scored: as by `crystallm-kit score`.
 
     Attributes:
         reference: Crystal files: what is known.
@@ -88,14 +88,16 @@ class BenchmarkRecipe:
 
     Attributes:
         title: Of its table.
-        task: Predict the structures of targets, or generate without being asked for anything.
+        task: Predict the structures of targets, generate without being asked for anything, or generate what
+            has a property.
         seed: Of the draws.
         generators: Rows of the table, in order.
         targets: Of structure prediction.
         given: What the generators are told of a target.
         k: Candidates that are looked at, increasing: rates at each.
-        n: Samples of each generator, de novo.
-        scoring: Of de novo samples.
+        n: Samples of each generator, de novo, or of each generator and each condition.
+        asked: Conditions of conditional generation, each by a name: keys as in `records.Conditions`.
+        scoring: Of samples without a target.
         published: Tables of eval/published.yaml that stand beside.
         targets_per_block: What is lost at most when the run is killed (de novo: as many samples, times 20).
     """
@@ -108,6 +110,7 @@ class BenchmarkRecipe:
     given: tuple[Given, ...] = ("composition",)
     k: tuple[int, ...] = (1, 5, 20)
     n: int = 1000
+    asked: dict[str, dict[str, Any]] = field(default_factory=dict)
     scoring: Scoring = field(default_factory=Scoring)
     published: tuple[str, ...] = ()
     targets_per_block: int = 50
@@ -121,6 +124,8 @@ class BenchmarkRecipe:
             raise ValueError(f"generators: each needs a name of its own, got {names}")
         if list(self.k) != sorted(set(self.k)) or not self.k or self.k[0] < 1:
             raise ValueError(f"k: increasing numbers from 1 on expected, got {list(self.k)}")
+        if (self.task == "conditional") != bool(self.asked):
+            raise ValueError("asked: conditions by name, for the task 'conditional' and no other")
         if self.task == "structure-prediction" and "composition" not in self.given:
             raise ValueError(f"given: the composition at least, got {list(self.given)}")
         for generator in self.generators:

@@ -38,8 +38,10 @@ from crystallm_kit.records import Conditions, Crystal
 from crystallm_kit.scores.score import Score
 from crystallm_kit.scoring.published import published_table
 from crystallm_kit.structures.files import read
+from crystallm_kit.text.conditions import conditions_from_dict
 
 Say = Callable[[str], None]
+_SET = "samples"
 _UNASKED_PER_BLOCK = 20  # samples de novo in the place of one target's candidates
 _VERSIONS = ("crystallm-kit", "pymatgen", "torch", "transformers", "moyopy")
 
@@ -89,7 +91,7 @@ def run_benchmark(
 
 
 def _targets(recipe: BenchmarkRecipe, say: Say) -> list[Crystal]:
-    if recipe.task == "de-novo":
+    if recipe.task != "structure-prediction":
         return []
     found = list(
         islice(
@@ -110,8 +112,8 @@ def _rows_of(
     kept = folder / "scores.json"
     if kept.exists():
         return [_own_row(row) for row in json.loads(kept.read_text(encoding="utf-8"))["rows"]]
-    if recipe.task == "de-novo":
-        rows = [_de_novo_row(recipe, generator, folder, processes, batch_size, say)]
+    if recipe.task != "structure-prediction":
+        rows = _rows_without_targets(recipe, generator, folder, processes, batch_size, say)
     else:
         truths = [t.structure for t in targets if isinstance(t.structure, Structure)]
         rows = []
@@ -164,36 +166,48 @@ def _model(generator: Generator, batch_size: int) -> Model:
     )
 
 
-def _de_novo_row(
+def _rows_without_targets(
     recipe: BenchmarkRecipe, generator: Generator, folder: Path, processes: int | None, batch_size: int,
     say: Say,
-) -> OwnRow:  # fmt: skip
-    """Draw what nothing is asked of, and score it as `crystallm-kit score` does."""
+) -> list[OwnRow]:  # fmt: skip
+    """Draw what nothing, or each condition, is asked of, and score it as `crystallm-kit score` does."""
     from crystallm_kit.scoring.run import score
 
-    samples = generator.samples or str(_drawn_unasked(recipe, generator, folder, batch_size, say))
+    model = None if generator.samples else _model(generator, batch_size)
+    asked = {name: conditions_from_dict(data) for name, data in recipe.asked.items()} or {"": Conditions()}
+    rows = []
+    for number, (what, conditions) in enumerate(asked.items(), start=1):
+        name = f"{generator.name}, {what}" if what else generator.name
+        place = folder / f"asked-{number}" if what else folder
+        if model is None:
+            samples = Path(str(generator.samples))
+        else:
+            requests = [Asked(str(i), conditions) for i in range(recipe.n)]
+            _draw(recipe, generator, requests, model, place, 1, say, per_block=_UNASKED_PER_BLOCK)
+            samples = _joined(place)
+        scores = score(
+            f"{_SET}={samples}", reference=recipe.scoring.reference, out=place / "scored",
+            limit=recipe.n, workers=processes, **_scoring_options(recipe),
+        )  # fmt: skip
+        rows.append(OwnRow(name, {s.name: s for s in scores[_SET]}, generator.about))
+    return rows
+
+
+def _scoring_options(recipe: BenchmarkRecipe) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if recipe.scoring.hull is not None:
         options["hull"] = recipe.scoring.hull
         options |= {"relax": recipe.scoring.relax, "potential": recipe.scoring.potential}
     if recipe.scoring.fingerprints:
         options["fingerprints"] = True
-    scores = score(
-        f"{generator.name}={samples}", reference=recipe.scoring.reference, out=folder / "scored",
-        limit=recipe.n, workers=processes, **options,
-    )  # fmt: skip
-    return OwnRow(generator.name, {s.name: s for s in scores[generator.name]}, generator.about)
+    return options
 
 
-def _drawn_unasked(
-    recipe: BenchmarkRecipe, generator: Generator, folder: Path, batch_size: int, say: Say
-) -> Path:
-    model = _model(generator, batch_size)
-    asked = [Asked(str(i), Conditions()) for i in range(recipe.n)]
-    _draw(recipe, generator, asked, model, folder, 1, say, per_block=_UNASKED_PER_BLOCK)
-    together = folder / "samples.jsonl.gz"
-    blocks = sorted((folder / "samples").glob("*.gz"))
-    together.write_bytes(b"".join(block.read_bytes() for block in blocks))  # gzip files joined are one
+def _joined(place: Path) -> Path:
+    """Return the blocks as one file: gzip files joined are one."""
+    together = place / "samples.jsonl.gz"
+    blocks = sorted((place / "samples").glob("*.gz"))
+    together.write_bytes(b"".join(block.read_bytes() for block in blocks))
     return together
 
 
@@ -209,7 +223,8 @@ def _about(recipe: BenchmarkRecipe, targets: Sequence[Crystal]) -> list[str]:
         told = " and ".join(recipe.given)
         lines.insert(0, f"{len(targets):,} targets, {told} given. {recipe.targets.about}".rstrip())
     else:
-        lines.insert(0, f"{recipe.n:,} samples a generator, nothing asked")
+        what = f"of each of {len(recipe.asked)} conditions" if recipe.asked else "nothing asked"
+        lines.insert(0, f"{recipe.n:,} samples of each generator, {what}")
     return lines
 
 
