@@ -452,7 +452,12 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("where the model runs (default: here, with transformers)")
     group.add_argument(
-        "--engine", metavar="NAME", help="transformers; vllm, in this program; openai, a server (with --url)"
+        "--engine", metavar="NAME",
+        help="transformers; vllm, in this program; openai, a server (with --url); template, no model but "
+        "known crystals (with --library)",
+    )  # fmt: skip
+    group.add_argument(
+        "--library", nargs="+", default=[], metavar="FILE", help="known crystals, for the engine template"
     )
     group.add_argument(
         "--url", metavar="URL", help="an OpenAI-compatible server's address: http://localhost:8000/v1"

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 REDRAWS = 3
 _SMALL_MODEL_BYTES = 100_000_000
 LONGEST = 3000  # tokens of a sample, as in CrystaLLM; fewer where the model has fewer positions
-_ENGINES = ("transformers", "vllm", "openai")  # that a model can be loaded behind
+_ENGINES = ("transformers", "vllm", "openai", "template")  # that a model can be loaded behind
 CHUNK = 1024  # requests handed to the engine at a time, so that results stream and memory stays bounded
 
 
@@ -99,6 +99,7 @@ def load_model(
     served_name: str = "",
     api_key: str = "",
     constrained: bool = True,
+    library: str | Path | Sequence[str | Path] = (),
 ) -> Model:
     """Return a model behind an engine; without a path, the shipped one behind transformers.
 
@@ -107,7 +108,8 @@ def load_model(
 
     Args:
         path: A model folder, an adapter's folder, or a Hugging Face id (owner/name) of either.
-        engine: transformers; vllm, in this program; or openai, a server elsewhere.
+        engine: transformers; vllm, in this program; openai, a server elsewhere; or template, which needs no
+            model but a library of known crystals.
         batch_size: Samples in a batch; of a server, samples under way at once.
         device: Default: cuda where there is one. For transformers.
         adapter: An adapter's folder, its Hugging Face id, or the name of one that comes with the package.
@@ -120,6 +122,7 @@ def load_model(
         api_key: For the server; "": the environment's OPENAI_API_KEY.
         constrained: Whether engines that take a format's grammar, for models with a base LLM's tokenizer,
             get it.
+        library: Files of known crystals; for template.
 
     Raises:
         UnknownName: If there is no such engine.
@@ -133,6 +136,15 @@ def load_model(
         raise UserError("engine 'openai' needs the server's address: --url, such as http://localhost:8000/v1")
     if engine != "openai" and (url or served_name):
         raise UserError(f"a server's address goes with the engine 'openai', not with '{engine}'")
+    if (engine == "template") != bool(library):
+        raise UserError(
+            "engine 'template' and a library of known crystals go together: "
+            "--engine template --library mp_train.parquet"
+        )
+    if engine == "template":
+        if path is not None or adapter is not None:
+            raise UserError("engine 'template' has no model and no adapter; leave --model and --adapter out")
+        return template_model(library)
     spoken: dict[str, Any] = {"template": template, "format": format, "format_settings": format_settings}
     if engine == "openai":
         return _behind_server(
@@ -162,6 +174,27 @@ def load_model(
     stop = form.alphabet().stop if tokenizer.eos_token_id is None else ""
     local = TransformersEngine(network, tokenizer, stop=stop, batch_size=batch_size, device=device)
     return model_of(local, manifest, folder, base, name=name)
+
+
+def template_model(library: str | Path | Sequence[str | Path]) -> Model:
+    """Return the template engine over some files of known crystals, asked as a model is.
+
+    Raises:
+        ReadError, EmptyInput: If there are no crystals in the files.
+    """
+    from crystallm_kit.engines.template import TemplateEngine
+    from crystallm_kit.structures.template_files import load_templates
+
+    templates = load_templates(library)
+    return Model(
+        name="template",
+        engine=TemplateEngine(templates),
+        representation=representation("wyckoff"),
+        template=template_named("kit-1"),
+        known_elements=ELEMENTS,
+        quantiles={},
+        max_sites=min(templates.max_sites, MAX_COUNT),
+    )
 
 
 def _behind_server(
@@ -342,8 +375,14 @@ def stream(
     """
     asked = model if isinstance(model, Model) else (_shipped_model() if model is None else load_model(model))
     sampling = dataclasses.replace(sampling or asked.sampling, seed=seed)
+    is_drawn = getattr(asked.engine, "is_drawn", True)
+    constrained = constrained or not is_drawn
     prompts = list(_prompts(requests, asked, seed=seed, constrained=constrained, beginnings=beginnings))
     rounds = redraws if constrained and takes_requests(asked) else 0
+    if not is_drawn:  # what was answered in one chunk counts in the next, and would be the same again
+        for i, completion in enumerate(asked.engine.complete(prompts, sampling)):
+            yield judge(completion, requests[i], asked, index=i, seed=seed, protocol=protocol)
+        return
     for start in range(0, len(prompts), CHUNK):
         chunk = prompts[start : start + CHUNK]
         # Draws depend on (seed, position), so every chunk gets a seed of its own, the first the caller's.
@@ -487,7 +526,8 @@ def judge_by(
         "model": judging.model,
     }
     if isinstance(parsed, Verdict):
-        return Sample(structure=None, verdict=parsed, **common)
+        verdict = dataclasses.replace(parsed, detail=completion.detail or parsed.detail)
+        return Sample(structure=None, verdict=verdict, **common)
     stated = parsed.properties.get("spacegroup_number")
     verdict, measures = validate_and_measure(
         parsed,

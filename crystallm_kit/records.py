@@ -126,6 +126,7 @@ class Completion:
             none.
         seed: Seed of the request that it belongs to.
         index: Position among the completions of that request.
+        detail: For a person, of a stop reason "error": why.
     """
 
     prompt: str
@@ -135,6 +136,7 @@ class Completion:
     log_probability: float
     seed: int
     index: int
+    detail: str = ""
 
 
 @dataclass(frozen=True)

@@ -506,7 +506,10 @@ def _server(options: argparse.Namespace) -> dict[str, Any]:
     """Return where the model runs; an address alone says that it is a server."""
     engine = options.engine or ("transformers" if options.url is None else "openai")
     key = _key(options.api_key_file, "--api-key-file")
-    return {"engine": engine, "url": options.url, "served_name": options.served_model, "api_key": key}
+    return {
+        "engine": engine, "url": options.url, "served_name": options.served_model, "api_key": key,
+        "library": options.library,
+    }  # fmt: skip
 
 
 def _key(file: Path | None, option: str) -> str:
@@ -527,6 +530,8 @@ def _tell_of_adapters(options: argparse.Namespace, conditions: Conditions) -> No
     from crystallm_kit.models.folders import adapter_for
 
     if options.model is not None or options.adapter is not None or options.url is not None:
+        return
+    if options.engine == "template":
         return
     for name in conditions.properties:
         adapter = adapter_for(name)

@@ -28,6 +28,7 @@ ENGINES: dict[str, str] = {
     "transformers": "crystallm_kit.engines.transformers_local:TransformersEngine",
     "vllm": "crystallm_kit.engines.vllm_offline:VllmEngine",
     "openai": "crystallm_kit.engines.openai_endpoint:OpenAIEngine",
+    "template": "crystallm_kit.engines.template:TemplateEngine",
     "scripted": "crystallm_kit.engines.engine:ScriptedEngine",
 }
 

@@ -109,6 +109,7 @@ class Guess:
     Attributes:
         crystal: With the composition's elements, scaled.
         template: Id of the library's crystal.
+        entry: Its position in the library.
         replaced: (template's, composition's) atomic numbers.
         votes: What the guess has; the vote of a crystal of this very composition is 1.
         all_votes: What all guesses for the composition have together.
@@ -116,6 +117,7 @@ class Guess:
 
     crystal: SymmetricCrystal
     template: str
+    entry: int
     replaced: frozenset[tuple[int, int]]
     votes: float
     all_votes: float
@@ -194,7 +196,9 @@ class TemplateLibrary:
             seen.add((entry, replaced))
             volume = self._volume(number, members, votes[way, members], ways[way])
             crystal = self.rows.crystal(int(self.starts[number]) + best, ways[way], volume)
-            found.append(Guess(crystal, self.ids[entry], replaced, float(total[way, shape]), all_votes))
+            found.append(
+                Guess(crystal, self.ids[entry], entry, replaced, float(total[way, shape]), all_votes)
+            )
         return found
 
     @cached_property
