@@ -345,8 +345,11 @@ def _said(mark: str, second_hand: bool) -> str:
 
 def measure_label(key: str) -> tuple[str, str]:
     """Return a measure in words and its unit: "density_g_cm3" is ("Density", "g/cm³")."""
-    special = {"n_sites": "Sites in the cell", "n_elements": "Number of elements",
-               "spacegroup_number": "Space group", "volume_per_atom_angstrom3": "Volume per atom"}  # fmt: skip
+    special = {
+        "n_sites": "Sites in the cell",
+        "spacegroup_number": "Space group",
+        "n_elements": "Number of elements",
+    }
     end = next((end for end in sorted(_UNITS, key=len, reverse=True) if key.endswith(end)), "")
     words = special.get(key) or key.removesuffix(end).replace("_", " ")
     return words[:1].upper() + words[1:], _UNITS.get(end, "")
