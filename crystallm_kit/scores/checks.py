@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from pymatgen.core import Structure
 
 from crystallm_kit.errors import EmptyInput, UserError
+from crystallm_kit.scores import lemat
 from crystallm_kit.scores.bonds import count_bonds
 from crystallm_kit.scores.charge import is_charge_balanced, smact_tables
 from crystallm_kit.scores.cif_statements import CifStatements
-from crystallm_kit.scores.lemat import lemat_checks
 from crystallm_kit.scores.measures import MeasuredCrystal
 from crystallm_kit.scores.score import Score, mean, share
 from crystallm_kit.scores.thresholds import PROTOCOLS
@@ -87,6 +87,7 @@ _IMAGES = {
     "diffcsp.structure_valid": "kit.cdvae_structure_valid_with_images",
     "lemat.distance": "kit.lemat_distance_with_images",
 }
+_MEASURES = ("lemat.spacegroup_number",)
 _NOT_SHOWN = ("kit.element_or_alloy",)  # counted in kit.comp_valid_compounds
 _WITH_IMAGES = {name: replace(PROTOCOLS[name], self_images=True) for name in ("cdvae", "lemat_geometry")}
 
@@ -107,7 +108,8 @@ def structure_checks(
         is_fingerprintable: Whether all its sites have a fingerprint (fingerprints.py); None: not tried.
 
     Returns:
-        Names of CHECKS; with bonds also BOND_SCORES, absent where the peer raises.
+        Names of CHECKS; with bonds also BOND_SCORES, absent where the peer raises; "lemat.spacegroup_number"
+        (spglib's at 0.01 angstrom, for statistics.py), absent where there is none.
     """
     case = _Case(structure, None if cif_text is None else CifStatements(cif_text))
     row: dict[str, bool | float] = {**case.of_structure(), **case.of_composition(), **case.of_lemat()}
@@ -127,7 +129,7 @@ def structure_checks(
         row |= case.of_bonds()
     if cif_text is not None and with_bonds:
         row |= _text_with_bonds(row)
-    return {name: row[name] for name in (*CHECKS, *BOND_SCORES) if name in row}
+    return {name: row[name] for name in (*CHECKS, *BOND_SCORES, *_MEASURES) if name in row}
 
 
 class _Case:
@@ -161,16 +163,19 @@ class _Case:
                  "crystallm": capped, "crystallm_pi": capped}  # fmt: skip
         return {"kit.element_or_alloy": trivial, **{f"{name}.comp_valid": ok for name, ok in names.items()}}
 
-    def of_lemat(self) -> dict[str, bool]:
-        if self.structure is None:
-            found = dict.fromkeys(("charge_neutral", "distance", "plausible"), False)
+    def of_lemat(self) -> dict[str, bool | float]:
+        number = None
+        if self.found is None:
+            found = dict.fromkeys(lemat.NAMES, False)
         else:
-            found = lemat_checks(self.structure, found=self.found)
+            number = None if self.found.cell_fault else lemat.lemat_spacegroup_number(self.found)
+            found = lemat.checks_of(self.found, number)
         images = found["distance"] and self._geometry_with_images("lemat_geometry", only_distances=True)
         return {
             **{f"lemat.{name}": passed for name, passed in found.items()},
             "lemat.valid": all(found.values()),
             "kit.lemat_distance_with_images": images,
+            **({} if number is None else {"lemat.spacegroup_number": number}),
         }
 
     @cached_property
@@ -236,11 +241,9 @@ class _Case:
 
     @cached_property
     def _symbol_found(self) -> str | None:
-        from crystallm_kit.scores.lemat import spglib_dataset
-
         if self.found is None or self.found.cell_fault:
             return None
-        dataset = spglib_dataset(self.found, 0.1)
+        dataset = lemat.spglib_dataset(self.found, 0.1)
         return None if dataset is None else str(dataset.international)
 
 

@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             parts = pool.map(checked, [asked.source] * asked.processes, bounds[:-1], bounds[1:])
             rows = [row for part in parts for row in part]
         scores = check_scores(
-            {name: [row[name] for row in rows] for name in rows[0]} if rows else {}, len(rows)
+            {name: [row.get(name) for row in rows] for name in rows[0]} if rows else {}, len(rows)
         )
     except UserError as error:
         print(error, file=sys.stderr)

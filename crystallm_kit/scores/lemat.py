@@ -32,6 +32,7 @@ from crystallm_kit.scores.lemat_charge import (
 from crystallm_kit.scores.measures import MeasuredCrystal
 from crystallm_kit.scores.thresholds import PROTOCOLS
 
+NAMES = ("charge_neutral", "distance", "plausible")
 SYMPREC_ANGSTROM = 0.01  # of the peer's every look at the symmetry
 # O'Keeffe and Brese's electronegative elements: only a bond with one of them has a valence.
 _ANIONS = frozenset("H B C Si N P As Sb O S Se Te F Cl Br I".split())
@@ -41,24 +42,28 @@ _FAILURES = (ValueError, KeyError, IndexError, TypeError, AttributeError, Runtim
 _VALENCE_WITHIN_ANGSTROM = 8.0  # there a bond valence is far above the 1e-15 that count as none
 
 
-def lemat_checks(structure: Structure, *, found: MeasuredCrystal | None = None) -> dict[str, bool]:
-    """Return the three checks of a structure.
+def lemat_checks(structure: Structure) -> dict[str, bool]:
+    """Return the three checks of a structure; one with shared sites, or whose cell is none, fails all."""
+    if not structure.is_ordered:
+        return dict.fromkeys(NAMES, False)
+    found = MeasuredCrystal(structure)
+    return checks_of(found, None if found.cell_fault else lemat_spacegroup_number(found))
+
+
+def checks_of(found: MeasuredCrystal, spacegroup_number: int | None) -> dict[str, bool]:
+    """Return `lemat_checks` of what is measured already.
 
     Args:
-        structure: Ordered; one that is not, or whose cell is none, fails all.
-        found: What is measured on it already, if anything is.
+        found: The structure.
+        spacegroup_number: What `lemat_spacegroup_number` says of it.
     """
-    if found is None:
-        if not structure.is_ordered:
-            return dict.fromkeys(("charge_neutral", "distance", "plausible"), False)
-        found = MeasuredCrystal(structure)
     if found.cell_fault:
-        return dict.fromkeys(("charge_neutral", "distance", "plausible"), False)
-    number = lemat_spacegroup_number(found)
+        return dict.fromkeys(NAMES, False)
+    has_symmetry = spacegroup_number is not None
     return {
-        "charge_neutral": is_charge_neutral(found, has_symmetry=number is not None),
+        "charge_neutral": is_charge_neutral(found, has_symmetry=has_symmetry),
         "distance": _keeps_distance(found),
-        "plausible": number is not None and _is_plausible(found),
+        "plausible": has_symmetry and _is_plausible(found),
     }
 
 
