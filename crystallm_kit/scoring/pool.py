@@ -5,10 +5,10 @@
         future.result()  -> what run_part returned
 
 A task is JSON: the name of a function, and its arguments. Contract: every task ends. The function wraps the
-work on each item in `mark(stage, position)`, which sets the kernel's alarm: first it raises TooLong inside
-the worker, which costs nothing but the item; where the code does not come back to Python, the alarm kills the
-worker. The task is then given to a new one, with the items that killed it in `skip`, so that the function
-can write down why they have no result. POSIX only: Windows has no such alarm.
+work on each item in `marks.item(...)`, which sets two clocks of the kernel: the first, of time, raises
+TooLong inside the worker, which costs nothing but the item; the second, of computing, ends the worker where the code
+does not come back to Python. The task is then given to a new one, with the items that killed it in `skip`, so
+that the function can write down why they have no result. POSIX only: Windows has no such clocks.
 
 Not here: what is done with a part (stages.py). The pattern is that of structures/cif_pool.py.
 """
@@ -30,8 +30,7 @@ from typing import Any, Protocol
 from crystallm_kit.errors import MissingExtra, UserError
 
 Task = dict[str, Any]
-# From the alarm that raises to the one that kills: for code that comes back to Python now and then.
-_GRACE_SECONDS = 5.0
+_GRACE_SECONDS = 2.0  # of computing, from the clock that raises to the one that kills
 _MOST_DEATHS = 50  # of workers on one task; more is no bad structure
 
 
@@ -45,8 +44,11 @@ class Hand(Protocol):
     def run(self, task: Task) -> Any:
         """Return what the task's function returned."""
 
+    def stop(self) -> None:
+        """End what it is at, from another thread."""
+
     def close(self) -> None:
-        """End it."""
+        """Give back what it holds, once nobody waits for it."""
 
 
 class Pool:
@@ -73,8 +75,10 @@ class Pool:
     ) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
         for hand in self._hands:
-            hand.close()
+            hand.stop()
         self._threads.shutdown(wait=True)
+        for hand in self._hands:
+            hand.close()
 
     def submit(self, task: Task) -> "Future[Any]":
         """Return the future result of a task."""
@@ -115,14 +119,19 @@ class Worker:
                     f"a worker ended with code {code} outside any structure (too little memory?); finished "
                     "parts are kept: run the same command again, with fewer --workers"
                 )
-            skip[at] = "timeout" if code == -signal.SIGALRM else f"its process ended with code {code}"
+            skip[at] = "timeout" if code == -signal.SIGPROF else f"its process ended with code {code}"
         raise UserError(f"{_MOST_DEATHS} structures of one part killed their processes")
 
-    def close(self) -> None:
+    def stop(self) -> None:
         """Kill the process."""
         self._closed = True
         if self._process is not None:
             self._process.kill()
+
+    def close(self) -> None:
+        """Close the pipes to a process that was stopped."""
+        if self._process is not None:
+            self._retire(self._process)
 
     def _ask(self, task: Task) -> tuple[dict[str, Any] | None, str | None, int]:
         """Return the answer; or None, the item at which the process ended, and its exit code."""
@@ -139,6 +148,9 @@ class Worker:
                         return json.loads(line), None, 0
         except OSError:  # it went while we wrote; its exit code says why
             at = at or None
+        return None, at, self._retire(process)
+
+    def _retire(self, process: "subprocess.Popen[str]") -> int:
         self._process = None
         process.kill()
         code = process.wait()
@@ -148,7 +160,7 @@ class Worker:
                     pipe.close()
                 except BrokenPipeError:  # what was left in its buffer has no reader any more
                     continue
-        return None, at, code
+        return code
 
     def _started(self) -> "subprocess.Popen[str]":
         program = (
@@ -179,16 +191,17 @@ class Marks:
         """Limit the work on one item: TooLong, and where that is not heard, the end of the process."""
         self._tell(f"{stage}:{position}")
         signal.signal(signal.SIGALRM, _ring)
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process
+        signal.setitimer(signal.ITIMER_PROF, seconds + _GRACE_SECONDS)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
             yield
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _ring(_signal: int, _frame: Any) -> None:
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the next one ends the process
-    signal.setitimer(signal.ITIMER_REAL, _GRACE_SECONDS)
     raise TooLong
 
 
@@ -266,7 +279,10 @@ def ray_pool(address: str) -> Pool:
             except ray.exceptions.RayTaskError as error:
                 raise UserError(str(error.cause)) from error
 
-        def close(self) -> None:
+        def stop(self) -> None:
             ray.kill(self._actor)
+
+        def close(self) -> None:
+            """Nothing is held here."""
 
     return Pool(max(1, cores), hand=Far)

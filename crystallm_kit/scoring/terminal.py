@@ -1,13 +1,16 @@
 """The scores as the command shows them: a table a protocol, the sets side by side.
 
-    cdvae                    DiffCSP                            LLaMA
-    structure_valid          100.00 %  10,000 / 10,000          99.94 %  3,219 / 3,221
-    comp_valid                83.25 %   8,325 / 10,000         100.00 %  3,221 / 3,221
+    cdvae                       DiffCSP (10,000)                LLaMA (3,221)
+    structure_valid  10,000  100.00 (100.0-100.0)    3,219   99.94 (99.8-100.0)
+    comp_valid        8,325   83.25   (82.5-84.0)    3,221  100.00 (99.9-100.0)
+
+A share: how many, in percent, and its 95 % interval; the denominator stands above, or behind a stroke where
+it is another.
 
 Not here: the page (report.py).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -37,12 +40,12 @@ def print_report(report: Plain) -> None:
 
 def funnel_table(report: Plain) -> Table:
     """Return how many samples of each set pass each gate."""
-    table = _table("passed", [one["name"] for one in report["sets"]])
+    table = _table("passed", report["sets"])
     for row, (gate, _) in enumerate(report["sets"][0]["funnel"]):
         cells = []
         for one in report["sets"]:
             n = one["funnel"][row][1]
-            cells.append(f"{n:,}  {n / one['n_requested']:7.2%}")
+            cells.append(f"{n:,}  {100 * n / one['n_requested']:6.2f}")
         table.add_row(gate, *cells)
     return table
 
@@ -50,34 +53,40 @@ def funnel_table(report: Plain) -> Table:
 def scores_table(report: Plain, protocol: str, notes: dict[str, int]) -> Table:
     """Return the scores of one protocol; what has to be known to read them gets a number in `notes`."""
     sets = report["sets"]
-    table = _table(protocol, [one["name"] for one in sets])
+    table = _table(protocol, sets)
     by_set = [{s["name"]: s for s in one["scores"]} for one in sets]
     names = dict.fromkeys(name for scores in by_set for name in scores if name.partition(".")[0] == protocol)
     for name in names:
-        cells = [_cell(scores[name], notes) if name in scores else Text("-") for scores in by_set]
+        cells = [
+            _cell(scores[name], one["n_requested"], notes) if name in scores else Text("-")
+            for one, scores in zip(sets, by_set, strict=True)
+        ]
         table.add_row(name.partition(".")[2], *cells)
     return table
 
 
-def _table(first: str, names: list[str]) -> Table:
+def _table(first: str, sets: Sequence[Plain]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(first, no_wrap=True)
-    for name in names:
-        table.add_column(name, justify="right")
+    for one in sets:
+        table.add_column(f"{one['name']} ({one['n_requested']:,})", justify="right")
     return table
 
 
-def _cell(score: Plain, notes: dict[str, int]) -> Text:
+def _cell(score: Plain, n_requested: int, notes: dict[str, int]) -> Text:
     mark = f" [{notes.setdefault(score['note'], len(notes) + 1)}]" if score["note"] else ""
     if score["value"] is None:
         return Text(f"not computed{mark}", style="dim")
-    if score["unit"] == "share":
-        said = f"{score['value']:.2%}"
-    else:
-        said = f"{score['value']:.4g}" + (f" {score['unit']}" if score["unit"] else "")
-    if score["numerator"] is not None:
-        said += f"  {score['numerator']:,} / {score['denominator']:,}"
+    is_share = score["unit"] == "share"
+    said = f"{100 * score['value']:.2f}" if is_share else f"{score['value']:.4g}"
+    if is_share and score["numerator"] is not None:
+        other = score["denominator"] != n_requested
+        behind = f" / {score['denominator']:,}" if other else ""
+        said = f"{score['numerator']:,}{behind}  {said:>6}"
+    elif score["unit"] not in ("", "share"):
+        said += f" {score['unit']}"
     if score["low"] is not None:
         low, high = score["low"], score["high"]
-        said += f"  ({low:.1%} to {high:.1%})" if score["unit"] == "share" else f"  ({low:.4g} to {high:.4g})"
+        interval = f"({100 * low:.1f}-{100 * high:.1f})" if is_share else f"({low:.4g}-{high:.4g})"
+        said += f" {interval:>13}"
     return Text(said + mark)

@@ -1,0 +1,188 @@
+"""scoring/run.py: sample sets to scores, resumable, bad structures included."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from pymatgen.core import Lattice, Structure
+
+from crystallm_kit.cli import main
+from crystallm_kit.errors import EmptyInput, UnknownName, UserError
+from crystallm_kit.records import Crystal
+from crystallm_kit.scoring import intake
+from crystallm_kit.scoring.run import score
+from crystallm_kit.structures.files import write
+
+SALTS = [(a, b) for a in ("Li", "Na", "K", "Rb") for b in ("F", "Cl", "Br", "I")]
+
+
+def rocksalt(cation: str, anion: str, length: float = 5.69, primitive: bool = False) -> Structure:
+    cell = Structure.from_spacegroup("Fm-3m", Lattice.cubic(length), [cation, anion], [[0, 0, 0], [0.5] * 3])
+    return cell.get_primitive_structure() if primitive else cell
+
+
+@pytest.fixture
+def generated(tmp_path) -> Path:
+    """Eight samples, judged by hand: see the test below."""
+    tiny = Structure(Lattice.cubic(0.48), ["Fe"], [[0, 0, 0]])  # passes cdvae: images of itself do not count
+    structures = [
+        rocksalt("Na", "Cl"),
+        rocksalt("Na", "Cl", 5.70, primitive=True),  # a copy of the first
+        rocksalt("K", "Br", 6.6),
+        rocksalt("Na", "Na", 4.2),  # an element: bcc-like, passes the charge rule
+        Structure(
+            Lattice.cubic(4.0),
+            ["Na", "Cl", "Cl", "Cl"],
+            [[0, 0, 0], [0.5, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0.5]],
+        ),
+        Structure(Lattice.cubic(5.0), ["Na", "Cl"], [[0, 0, 0], [0.05, 0, 0]]),  # 0.25 angstrom apart
+        tiny,
+        rocksalt("Rb", "I", 7.3),
+    ]
+    path = tmp_path / "generated.extxyz"
+    write([Crystal(f"s{i}", s) for i, s in enumerate(structures)], path)
+    path.write_text(path.read_text() + '2\nLattice="3 0 0 0 3 0 0 0 3"\nNa 0 0 0\n')  # a short frame
+    return path
+
+
+def by_name(scores):
+    return {one.name: one for one in scores}
+
+
+def test_counts_are_those_made_by_hand(tmp_path, generated):
+    known = tmp_path / "known.extxyz"
+    write([Crystal("mp-23251", rocksalt("K", "Br", 6.65))], known)
+    found = by_name(
+        score(f"mine={generated}", reference=known, out=tmp_path / "out", requested=["10"])["mine"]
+    )
+    assert found["kit.readable"].numerator == 8
+    assert {
+        one.denominator for one in found.values() if one.numerator is not None and one.name[:3] == "kit"
+    } == {10}
+    # valid: both rock salts, KBr, RbI; Na alone where it is dense enough
+    assert found["cdvae.structure_valid"].numerator == 7  # all read but the overlapping pair
+    assert found["cdvae.comp_valid"].numerator == 7  # all read but NaCl3
+    rows = pq.read_table(tmp_path / "out" / "rows" / "mine.parquet").to_pylist()
+    assert [row["reason"] for row in rows][4:] == [
+        "charge",
+        "overlap",
+        "overlap",
+        None,
+        "unreadable",
+        "missing",
+    ]
+    assert [row["copy_of.kit"] for row in rows][:3] == [None, "s0", None]
+    assert [row["known_as.default"] for row in rows][:3] == [None, None, "mp-23251"]
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    counts = dict(report["sets"][0]["funnel"])
+    assert (counts["requested"], counts["finished"], counts["parsed"]) == (10, 9, 8)
+    assert report["sets"][0]["reasons"]["duplicate"] == 1
+    assert sum(report["sets"][0]["reasons"].values()) == 10 - counts["unique"]
+
+
+def test_a_run_that_is_done_is_not_done_again(tmp_path, generated):
+    first = score(generated, out=tmp_path / "out")
+    parts = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "work").rglob("*.parquet")}
+    assert score(generated, out=tmp_path / "out") == first
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "work").rglob("*.parquet")} == parts
+
+
+RUN = """
+import sys
+from crystallm_kit.scoring import intake
+intake.PART = 4
+from crystallm_kit.scoring.run import score
+score("many=" + sys.argv[1], reference=sys.argv[1], out=sys.argv[2], workers=1)
+"""
+
+
+def test_a_killed_run_goes_on_to_the_same_rows(tmp_path, monkeypatch):
+    many = tmp_path / "many.extxyz"
+    write([Crystal(f"{a}{b}-{n}", rocksalt(a, b, 5 + n / 10)) for n in range(2) for a, b in SALTS], many)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    monkeypatch.setattr(intake, "PART", 4)
+    score(f"many={many}", reference=many, out=whole, workers=1)
+    run = subprocess.Popen([sys.executable, "-c", RUN, many, killed], start_new_session=True)
+    until = time.monotonic() + 60
+    while len(list(killed.rglob("forms-*/part-*"))) < 3 and time.monotonic() < until:
+        time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    kept = {p: p.stat().st_mtime_ns for p in killed.rglob("part-*.parquet")}
+    assert 3 <= len(kept) < len(list(whole.rglob("part-*.parquet")))
+    assert not (killed / "report.json").exists()
+    score(f"many={many}", reference=many, out=killed, workers=1)
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    tables = [pq.read_table(one / "rows" / "many.parquet") for one in (whole, killed)]
+    assert tables[0].equals(tables[1])
+    reports = [json.loads((one / "report.json").read_text())["sets"][0] for one in (whole, killed)]
+    assert reports[0]["scores"] == reports[1]["scores"]
+
+
+def test_a_folder_of_other_inputs_is_refused(tmp_path, generated):
+    out = tmp_path / "out"
+    score(generated, out=out, limit=2)
+    with pytest.raises(
+        UserError, match=r"holds the scores of other inputs \(sets generated limit: 2 there, 3"
+    ):
+        score(generated, out=out, limit=3)
+    score(generated, out=out, limit=3, fresh=True)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="holds files that no scoring run wrote"):
+        score(generated, out=tmp_path / "notes", fresh=True)
+    assert (tmp_path / "notes" / "thesis.txt").read_text() == "mine"
+
+
+def test_targets_give_match_rates(tmp_path):
+    truth, guesses = tmp_path / "truth.extxyz", tmp_path / "guesses.extxyz"
+    write([Crystal("mp-1", rocksalt("Na", "Cl")), Crystal("mp-2", rocksalt("K", "Br", 6.6))], truth)
+    cscl = Structure(Lattice.cubic(4.1), ["K", "Br"], [[0, 0, 0], [0.5] * 3])
+    guessed = [("mp-1__1", rocksalt("Na", "Cl", 5.5)), ("mp-1__2", rocksalt("Na", "Cl"))]
+    guessed += [("mp-2__1", cscl), ("mp-2__2", rocksalt("K", "Br", 6.5))]
+    write([Crystal(name, one) for name, one in guessed], guesses)
+    score(guesses, targets=truth, out=tmp_path / "out")
+    rows = pq.read_table(tmp_path / "out" / "rows" / "guesses.parquet").to_pylist()
+    assert [row["target"] for row in rows] == ["mp-1", "mp-1", "mp-2", "mp-2"]
+    assert [row["rms_distance.csp"] is not None for row in rows] == [True, True, False, True]
+
+
+def test_empty_and_unknown_things_are_told(tmp_path, generated):
+    empty = tmp_path / "samples.jsonl"
+    empty.write_text("")
+    with pytest.raises(EmptyInput, match="holds no samples; 0/0 is not a score"):
+        score(empty, out=tmp_path / "a")
+    with pytest.raises(UnknownName, match="no protocol 'cdvea'; did you mean 'cdvae'"):
+        score(generated, out=tmp_path / "b", protocols=["cdvea"])
+    with pytest.raises(UserError, match="9 samples in it, but --requested 5"):
+        score(generated, out=tmp_path / "c", requested=["5"])
+
+
+def test_a_reference_may_have_bad_entries_but_not_only_those(tmp_path, generated, capsys):
+    known = tmp_path / "known"
+    known.mkdir()
+    (known / "a.cif").write_text("data_x\n_cell_length_a 3\n")
+    with pytest.raises(EmptyInput, match="reference: none of its 1 entries could be read"):
+        score(generated, reference=known, out=tmp_path / "a")
+    rocksalt("K", "Br", 6.6).to(filename=str(known / "b.cif"))
+    score(generated, reference=known, out=tmp_path / "b", progress=True)
+    assert "reference: 1 of 2 entries are left out (unreadable: 1)" in capsys.readouterr().err
+
+
+def test_the_command_prints_sets_side_by_side(tmp_path, generated, capsys):
+    arguments = ["score", f"one={generated}", f"two={generated}", "--protocol", "cdvae", "--out"]
+    assert main([*arguments, str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "one (9)" in said
+    assert "two (9)" in said
+    assert "comp_valid" in said
+    assert main([*arguments, str(tmp_path / "out"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in report["sets"]] == ["one", "two"]
+    assert main(["score", str(generated), "--protocol", "lemta", "--out", str(tmp_path / "x")]) == 2
