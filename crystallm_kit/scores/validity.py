@@ -122,6 +122,17 @@ def _crystal_checks(
     found: MeasuredCrystal, wanted: Conditions, protocol: Protocol, stated_spacegroup: int | None
 ) -> Iterator[_Check]:
     yield "cell", "cell", lambda: found.cell_fault
+    yield from _condition_checks(found, wanted, stated_spacegroup)
+    yield from _geometry_checks(found, protocol)
+    if protocol.charge:
+        yield "charge", "charge", lambda: _charge_fault(found.counts, protocol)
+    if protocol.bond_score:
+        yield "bonds", "bonds", lambda: _bond_fault(found.structure, protocol)
+
+
+def _condition_checks(
+    found: MeasuredCrystal, wanted: Conditions, stated_spacegroup: int | None
+) -> Iterator[_Check]:
     yield from _composition_checks(found.counts, wanted)
     if wanted.n_sites is not None:
         yield "n_sites", "formula_mismatch", lambda: _n_sites_fault(found, wanted)
@@ -130,11 +141,15 @@ def _crystal_checks(
     asked = {"stated": stated_spacegroup, "asked for": wanted.spacegroup_number}
     if any(number is not None for number in asked.values()):
         yield "spacegroup", "spacegroup_mismatch", lambda: _spacegroup_fault(found, asked)
-    yield from _geometry_checks(found, protocol)
-    if protocol.charge:
-        yield "charge", "charge", lambda: _charge_fault(found.counts, protocol)
-    if protocol.bond_score:
-        yield "bonds", "bonds", lambda: _bond_fault(found.structure, protocol)
+
+
+def conditions_met(found: MeasuredCrystal, wanted: Conditions) -> dict[str, bool]:
+    """Tell of every condition that is asked, wanted properties aside, whether a crystal with a cell meets it.
+
+    Returns:
+        Names of `Conditions` ("spacegroup" for its number); those that are not asked are absent.
+    """
+    return {name: not check() for name, _, check in _condition_checks(found, wanted, None)}
 
 
 def _geometry_checks(found: MeasuredCrystal, protocol: Protocol) -> Iterator[_Check]:
