@@ -105,7 +105,7 @@ def _plain(value: Any) -> Any:
 
 
 def _apply(override: str, data: dict[str, Any], where: str) -> None:
-    """Set one "key.sub=value" in `data`, in place."""
+    """Set one "key.sub=value" in `data`, in place; of a list, the key is a position: "library.0=x"."""
     keys, equals, text = override.partition("=")
     names = [name.strip() for name in keys.split(".")]
     if not equals or not all(names):
@@ -114,14 +114,28 @@ def _apply(override: str, data: dict[str, Any], where: str) -> None:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise RecipeError(f"{where}: --set '{override}': the value is not YAML: {error}") from error
-    for name in names[:-1]:
-        inner = data.get(name)
+    place: Any = data
+    for k, name in enumerate(names[:-1]):
+        key = _key(place, name, names[:k], override, where)
+        inner = place[key] if isinstance(place, list) else place.get(key)
         if inner is None:
-            inner = data[name] = {}
-        if not isinstance(inner, dict):
+            inner = place[key] = {}
+        if not isinstance(inner, dict | list):
             raise RecipeError(f"{where}: --set '{override}': '{name}' is {_shown(inner)}, which has no keys.")
-        data = inner
-    data[names[-1]] = value
+        place = inner
+    place[_key(place, names[-1], names[:-1], override, where)] = value
+
+
+def _key(place: dict[str, Any] | list[Any], name: str, above: list[str], override: str, where: str) -> Any:
+    """Return a name as the key that it is there. Raises RecipeError if a list has no such position."""
+    if isinstance(place, dict):
+        return name
+    if not name.isdecimal() or int(name) >= len(place):
+        raise RecipeError(
+            f"{where}: --set '{override}': '{'.'.join(above)}' is {_shown(place)}; "
+            f"name a position of it, 0 to {len(place) - 1}, not '{name}'."
+        )
+    return int(name)
 
 
 def _dataclass(data: Any, cls: type[Any], where: str, key: str) -> Any:

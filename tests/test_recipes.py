@@ -164,10 +164,16 @@ def test_overrides_win_and_may_make_new_sections(recipe):
         ("seed", "expected key=value"),
         ("=1", "expected key=value"),
         ("seed.x=1", "'seed' is '1', which has no keys"),
+        ("sizes.2=1", "'sizes' is a list of 2; name a position of it, 0 to 1, not '2'"),
+        ("sizes.first=1", "not 'first'"),
     ],
 )
 def test_a_wrong_override_is_refused(recipe, override, message):
-    assert message in refusal(recipe("seed: 1"), override)
+    assert message in refusal(recipe("{seed: 1, sizes: [1, 2]}"), override)
+
+
+def test_an_override_reaches_into_a_list_by_position(recipe):
+    assert load_recipe(recipe("{seed: 1, sizes: [1, 2]}"), Run, ("sizes.1=7",)).sizes == (1, 7)
 
 
 @given(
