@@ -28,11 +28,13 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
+IntArray = NDArray[np.int64]
 Function = TypeVar("Function", bound=Callable[..., object])
 
 MOST_NEIGHBOURS = 12  # of a motif; beyond, only the weight of the coordination number counts
 _VERY_SMALL = 1e-12
 _NO_PHI = -1.0
+_ALIKE = 1e-12  # two terms of a sum
 _SOUTH = 2.356194490192345  # 135 degrees
 
 # Families of formulas, below
@@ -130,9 +132,34 @@ def motif_values(vectors: FloatArray, wanted: BoolArray) -> FloatArray:
     return np.asarray(_values(np.ascontiguousarray(vectors[:MOST_NEIGHBOURS]), wanted, _NUMBERS))
 
 
+def order_matters(vectors: FloatArray, tied: IntArray) -> bool:
+    """Tell whether the values depend on the order of neighbours that have the same weight.
+
+    They do at most for the body-centered cube, whose sum takes of each two neighbours the earlier one as the
+    pole: not where the two give the same either way.
+
+    Args:
+        vectors: (K, 3) as for motif_values.
+        tied: (K,) the same number for neighbours whose order is arbitrary.
+    """
+    cube = next(i for i, motif in enumerate(TABLE) if motif.family == _BCC)
+    n = TABLE[cube].neighbours
+    return not _swaps_alike(np.ascontiguousarray(vectors[:n]), tied[:n], _NUMBERS[cube])
+
+
 @compiled
 def _dot(a: FloatArray, b: FloatArray) -> float:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]  # type: ignore[no-any-return]
+
+
+@compiled
+def _units(vectors: FloatArray) -> FloatArray:
+    unit = np.empty_like(vectors)
+    for i in range(len(vectors)):
+        length = math.sqrt(_dot(vectors[i], vectors[i]))
+        for c in range(3):
+            unit[i, c] = vectors[i, c] / length
+    return unit
 
 
 @compiled
@@ -215,7 +242,7 @@ def _pole_and_meridian(
         total, count = _pentagon_gauss(theta_k, target, width), 1.0
     elif family == _SOUTHERN and theta_k < south:
         total, count = _polar_gauss(theta_k, n, target, width), 1.0
-    elif (family == _CUBOCTAHEDRON or (family == _BCC and j < k)) and theta_k >= south:
+    elif family in (_CUBOCTAHEDRON, _BCC) and theta_k >= south:
         total = south_weight * _gauss(south_width * (theta_k * (1 / math.pi) - 1.0))
         count = south_weight
     if not has_axis[j, k] or family == _BENT:
@@ -241,7 +268,7 @@ def _pole_and_meridian(
                 total += math.cos(folds * phi_m) ** 2 * _polar_gauss(theta_m, n, target, width)
                 count += 1
         elif family == _BCC:
-            if j < k and theta_k < south:
+            if theta_k < south:
                 x = (theta_m - math.pi / 2.0) / math.asin(1 / 3)
                 side = 1 if theta_k > math.pi / 2.0 else -1
                 total += side * math.cos(3 * phi_m) * (1 / math.exp(-0.5)) * x * _gauss(x)
@@ -264,7 +291,7 @@ def _peters(theta: FloatArray, phi: FloatArray, has_axis: BoolArray, row: FloatA
     best = -np.inf
     for j in range(n):
         for k in range(n):
-            if k == j:
+            if k == j or (k < j and family == _BCC):  # that counts each pair once
                 continue
             value, weight = _pole_and_meridian(j, k, theta, phi, has_axis, row)
             total += value
@@ -275,6 +302,19 @@ def _peters(theta: FloatArray, phi: FloatArray, has_axis: BoolArray, row: FloatA
     if family == _BCC:
         return total / (0.5 * (n * (6 + (n - 2) * (n - 3))))
     return best
+
+
+@compiled
+def _swaps_alike(vectors: FloatArray, tied: IntArray, row: FloatArray) -> bool:
+    theta, phi, has_axis = _angles(_units(vectors))
+    for j in range(len(vectors)):
+        for k in range(j):
+            if tied[j] == tied[k]:
+                one, _ = _pole_and_meridian(j, k, theta, phi, has_axis, row)
+                other, _ = _pole_and_meridian(k, j, theta, phi, has_axis, row)
+                if not abs(one - other) < _ALIKE:
+                    return False
+    return True
 
 
 @compiled
@@ -335,11 +375,7 @@ def _steinhardt(unit: FloatArray, n: int, order: int) -> float:
 
 @compiled
 def _values(vectors: FloatArray, wanted: BoolArray, table: FloatArray) -> FloatArray:
-    unit = np.empty_like(vectors)
-    for i in range(len(vectors)):
-        length = math.sqrt(_dot(vectors[i], vectors[i]))
-        for c in range(3):
-            unit[i, c] = vectors[i, c] / length
+    unit = _units(vectors)
     theta, phi, has_axis = _angles(unit)
     values = np.zeros(len(table))
     for i in range(len(table)):

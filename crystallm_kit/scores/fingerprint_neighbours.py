@@ -30,6 +30,7 @@ from pymatgen.core import Element, Lattice, Structure
 
 from crystallm_kit.errors import UserError
 from crystallm_kit.scores.fingerprint_cells import Cell, certain_cell, solid_angles_and_areas
+from crystallm_kit.scores.fingerprint_motifs import order_matters
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -215,18 +216,21 @@ def _weighed(
     rounded = np.round(weight, 3)
     n = int((rounded > 0).sum())
     weights = _coordination_weights(rounded[:n].tolist())
-    if certain and _is_close_call(weight, n, weights):
+    if certain and _is_close_call(weight[:n], vectors[order[:n]], weights, weight[n:]):
         return None
     return Neighbours(vectors[order[:n]], weights)
 
 
-def _is_close_call(weight: FloatArray, n: int, weights: dict[int, float]) -> bool:
+def _is_close_call(
+    weight: FloatArray, vectors: FloatArray, weights: dict[int, float], left_out: FloatArray
+) -> bool:
     """Tell whether rounding could change a weight's third digit, or the order where it counts."""
-    in_thousandths = weight * 1000
+    in_thousandths = np.concatenate([weight, left_out]) * 1000
     if (np.abs(in_thousandths - np.floor(in_thousandths) - 0.5) < _ROUNDING_MARGIN).any():
         return True
-    # of the motifs only the cube looks at the order
-    return 8 in weights and bool((-np.diff(weight[:n]) < _ROUNDING_MARGIN).any())
+    is_tied = -np.diff(weight) * 1000 < _ROUNDING_MARGIN
+    # of the motifs only that of 8 neighbours looks at the order
+    return 8 in weights and bool(is_tied.any()) and order_matters(vectors, np.cumsum([0, *~is_tied]))
 
 
 def _squares(vectors: FloatArray) -> FloatArray:

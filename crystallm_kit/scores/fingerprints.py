@@ -128,13 +128,14 @@ def _structure_fingerprint(structure: Structure, seconds: float) -> FloatArray |
 def _compile() -> None:
     """Compile, or load, before the clock starts: the first time it takes many seconds."""
     from crystallm_kit.scores.fingerprint_cells import certain_cell, solid_angles_and_areas
-    from crystallm_kit.scores.fingerprint_motifs import MOST_NEIGHBOURS, motif_values
+    from crystallm_kit.scores.fingerprint_motifs import MOST_NEIGHBOURS, motif_values, order_matters
 
     corner = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [-1, -1, -1.5]], dtype=np.float64)
     found = certain_cell(corner)
     if found is not None:
         solid_angles_and_areas(found[1])
     motif_values(corner[1:], np.ones(MOST_NEIGHBOURS + 1, dtype=np.bool_))
+    order_matters(corner[1:], np.zeros(4, dtype=np.int64))
 
 
 def _site_fingerprint(
