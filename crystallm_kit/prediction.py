@@ -10,8 +10,9 @@
       samples.jsonl     every request, failures included; structures/ what was valid, as generated
       relaxed/          the relaxations: the same command goes on with what is missing
 
-Candidates are relaxed once where they are copies as generated; they are copies again if they relax to the
-same crystal (pymatgen's default matcher), and the one of lowest energy stays. A relaxed crystal is judged
+Copies are what pymatgen's matcher calls equal at LeMat's tolerances, if besides their space groups are equal
+(as generated: one of them is relaxed) or their energies within 10 meV/atom (relaxed: the lowest stays). At
+its defaults the matcher merges polymorphs: CsCl's and CuAu's types are one to it. A relaxed crystal is judged
 again: one whose atoms ran into each other has a low energy by mistake, and is left out with its reason.
 Without relaxation candidates stand in the order of generation.ranked.
 
@@ -38,15 +39,15 @@ from crystallm_kit.records import Conditions, Crystal, Sample
 from crystallm_kit.results import check_folder, write_results
 from crystallm_kit.scores.element_references import ElementReferences, shipped_references
 from crystallm_kit.scores.hull import Hull
-from crystallm_kit.scores.novelty import first_copies
 from crystallm_kit.scores.stability import judge_of
-from crystallm_kit.scores.structure_matcher import TOLERANCES, Reduced, reduced
+from crystallm_kit.scores.structure_matcher import TOLERANCES, fit, reduced
 from crystallm_kit.scores.validity import validate_and_measure
 from crystallm_kit.structures.relaxation import Relaxed
 from crystallm_kit.structures.relaxation_workers import RelaxSettings
 from crystallm_kit.structures.relaxed_set import relax_set
 from crystallm_kit.structures.writing import write
 
+_SAME_ENERGY_EV = 0.01  # an atom; what relaxations that stop at 0.05 eV/angstrom leave is less
 POLYMORPHS, PREDICTION = "polymorphs", "prediction.json"
 Say = Callable[[str, int, int], None]
 
@@ -96,11 +97,12 @@ class Prediction:
     """The polymorphs, and what became of everything else.
 
     Attributes:
-        formula: Reduced.
+        formula: Reduced, elements as asked.
         n_requested: Samples asked for.
         n_valid: Of these, valid, copies included.
         n_relaxed: Different ones as generated, which were relaxed.
         polymorphs: Best first.
+        stopped: Reason of a verdict -> samples that it stopped.
         failed: Sample id -> why its relaxation is not ranked.
         ranked_by: "energy" or "likelihood".
         judge: Who gives energies and hull distances; "": nobody.
@@ -112,6 +114,7 @@ class Prediction:
     n_valid: int
     n_relaxed: int
     polymorphs: tuple[Polymorph, ...]
+    stopped: Mapping[str, int]
     failed: Mapping[str, str]
     ranked_by: str
     judge: str
@@ -123,6 +126,10 @@ class Prediction:
         if self.ranked_by == "energy":
             counted += f" of {self.n_relaxed:,} relaxed"
         lines = [f"{counted}; ranked by {self.ranked_by}"]
+        if self.ranked_by == "energy" and not all(one.converged for one in self.polymorphs):
+            lines.append("* its relaxation did not converge: its energy is too high; give more --max-steps")
+        if self.stopped:
+            lines.append("not valid: " + ", ".join(f"{n} {reason}" for reason, n in self.stopped.items()))
         reasons = Counter(reason.partition(":")[0] for reason in self.failed.values())
         lines += [f"not ranked: {count} {reason}" for reason, count in reasons.most_common()]
         if self.judge:
@@ -248,7 +255,7 @@ def polymorphs_by_energy(
         out: Folder of the relaxations; None: they are kept nowhere.
     """
     valid = _valid(samples)
-    first_of = _groups([sample.structure for sample in valid])
+    first_of = _groups_as_generated(valid)
     distinct = [sample for i, sample in enumerate(valid) if first_of[i] == i]
     relaxed = relax_set(
         [(s.id, s.structure) for s in distinct if isinstance(s.structure, Structure)], out,
@@ -265,8 +272,11 @@ def polymorphs_by_energy(
         else:
             failed[sample.id] = why
     kept.sort(key=lambda entry: entry[1].energy_ev_per_atom)
-    first = _groups([one.structure for _, one, _ in kept])
-    best = kept[0][1].energy_ev_per_atom if kept else math.nan
+    energies = [one.energy_ev_per_atom for _, one, _ in kept]
+    first = _groups(
+        [one.structure for _, one, _ in kept], lambda i, k: abs(energies[i] - energies[k]) <= _SAME_ENERGY_EV
+    )
+    best = energies[0] if kept else math.nan
     probability = {s.id: s.log_probability for s in valid}
     found: list[Polymorph] = []
     for i, (_, one, _) in enumerate(kept):
@@ -281,22 +291,24 @@ def polymorphs_by_energy(
         if missing:
             judge += f"; no hull distances: the hull has no entry of {', '.join(missing)}"
     return Prediction(
-        _formula(samples), len(samples), len(valid), len(distinct), tuple(found), failed, "energy", judge
-    )
+        _formula(samples), len(samples), len(valid), len(distinct), tuple(found), _stopped(samples), failed,
+        "energy", judge,
+    )  # fmt: skip
 
 
 def polymorphs_by_likelihood(samples: Sequence[Sample]) -> Prediction:
     """Rank the valid samples of one composition as generated: what the model says most often, most surely."""
     valid = _valid(samples)
     order = ranked(valid)
-    first = _groups([sample.structure for sample in order])
+    first = _groups_as_generated(order)
     probability = {s.id: s.log_probability for s in valid}
     found: list[Polymorph] = []
     for i, sample in enumerate(order):
         if first[i] == i and isinstance(sample.structure, Structure):
             ids = [other.id for j, other in enumerate(order) if first[j] == i]
             found.append(_polymorph(len(found) + 1, sample.structure, ids, probability, False))
-    return Prediction(_formula(samples), len(samples), len(valid), 0, tuple(found), {}, "likelihood", "")
+    counts = len(samples), len(valid), 0
+    return Prediction(_formula(samples), *counts, tuple(found), _stopped(samples), {}, "likelihood", "")
 
 
 def _valid(samples: Sequence[Sample]) -> list[Sample]:
@@ -307,11 +319,27 @@ def _valid(samples: Sequence[Sample]) -> list[Sample]:
     ]  # fmt: skip
 
 
-def _groups(structures: Sequence[Any]) -> list[int]:
-    """Return for each structure the index of the first that it is a copy of: its own, where it is none."""
-    forms: list[Reduced | None] = [reduced(structure) for structure in structures]
-    copies = first_copies(forms, TOLERANCES["default"])
-    return [i if copy is None else copy for i, copy in enumerate(copies)]
+def _groups(structures: Sequence[Any], same: Callable[[int, int], bool]) -> list[int]:
+    """Return for each structure the index of the first that it is a copy of: its own, where it is none.
+
+    Args:
+        structures: All of one reduced formula.
+        same: Tells of two indices whether, besides, they may be copies.
+    """
+    forms = [reduced(structure) for structure in structures]
+    kept: list[int] = []
+    first = []
+    for i, form in enumerate(forms):
+        copy = next((k for k in kept if same(i, k) and fit(form, forms[k], TOLERANCES["lemat"])), None)
+        if copy is None:
+            kept.append(i)
+        first.append(i if copy is None else copy)
+    return first
+
+
+def _groups_as_generated(samples: Sequence[Sample]) -> list[int]:
+    numbers = [sample.measures.get("spacegroup_number") for sample in samples]
+    return _groups([sample.structure for sample in samples], lambda i, k: numbers[i] == numbers[k])
 
 
 def _fault(relaxed: Relaxed) -> str | None:
@@ -355,8 +383,16 @@ def _with_energies(
 
 
 def _formula(samples: Sequence[Sample]) -> str:
-    asked = next((s.conditions.formula for s in samples if s.conditions.formula), None)
-    return Composition(dict(asked)).reduced_formula if asked else ""
+    """Return the reduced formula that was asked for, its elements in the order given; "" without one."""
+    asked = next((s.conditions.formula for s in samples if s.conditions.formula), None) or {}
+    units = math.gcd(*asked.values()) or 1
+    return "".join(f"{e}{n // units if n > units else ''}" for e, n in asked.items())
+
+
+def _stopped(samples: Sequence[Sample]) -> dict[str, int]:
+    """Return reason -> samples that it stopped, copies left out."""
+    reasons = (s.verdict.reason for s in samples if s.verdict.reason not in (None, "duplicate"))
+    return dict(Counter(map(str, reasons)).most_common())
 
 
 # ---------------------------------------------------------------- files

@@ -62,20 +62,20 @@ def samples_table(samples: Sequence[Sample], *, names: str = "sample") -> Table:
 
 
 def polymorphs_table(prediction: "Prediction") -> Table:
-    """Return the first polymorphs of a prediction; hull distances where there are any."""
+    """Return the first polymorphs of a prediction; hull distances where there are any; *: not converged."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     has_energies = prediction.ranked_by == "energy"
     has_hull = any(math.isfinite(p.hull_distance_ev_per_atom) for p in prediction.polymorphs)
     columns = [
         "rank",
         "space group",
-        "meV/atom above best",
-        "meV/atom above hull",
+        "ΔE meV/atom",
+        "hull meV/atom",
         "Å³/atom",
         "atoms",
         "found",
     ]
-    shown = [name for name in columns if has_energies or "best" not in name]
+    shown = [name for name in columns if has_energies or "ΔE" not in name]
     shown = [name for name in shown if has_hull or "hull" not in name]
     for name in shown:
         table.add_column(name, no_wrap=True, justify="left" if name == "space group" else "right")
@@ -85,14 +85,13 @@ def polymorphs_table(prediction: "Prediction") -> Table:
         cells = {
             "rank": str(one.rank),
             "space group": "-" if number is None else f"{spacegroup_symbol(number)} ({number})",
-            "meV/atom above best": f"{one.above_best_mev_per_atom:.1f}",
-            "meV/atom above hull": f"{1000 * one.hull_distance_ev_per_atom:.0f}",
+            "ΔE meV/atom": f"{one.above_best_mev_per_atom:.1f}",
+            "hull meV/atom": f"{1000 * one.hull_distance_ev_per_atom:.0f}",
             "Å³/atom": f"{one.volume_per_atom_angstrom3:.2f}",
             "atoms": str(one.n_sites),
             "found": str(one.n_found),
         }
-        note = "not converged" if has_energies and not one.converged else ""
-        table.add_row(*(cells[name] for name in shown), note)
+        table.add_row(*(cells[name] for name in shown), "*" if has_energies and not one.converged else "")
     return table
 
 

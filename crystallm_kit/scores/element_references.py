@@ -51,6 +51,7 @@ class Check:
         hull_distance_mae_of_hull: The same with the known formation energies: what the hull alone is off.
         metastable_agreement: Share of the crystals of which potential and known distance say the same about
             0.1 eV/atom.
+        stable_agreement: The same about 0 eV/atom, where an error of any size decides for those on the hull.
         note: What else has to be known.
     """
 
@@ -64,6 +65,7 @@ class Check:
     hull_distance_mae: float
     hull_distance_mae_of_hull: float
     metastable_agreement: float
+    stable_agreement: float
     note: str = ""
 
 

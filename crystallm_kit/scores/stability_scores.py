@@ -196,7 +196,8 @@ def _checks(judge: Judge) -> list[Score]:
     notes = (
         about,
         f"{about}, by the hull {check.hull}, which alone is off by {check.hull_distance_mae_of_hull:.3f}; "
-        f"about 0.1 eV/atom they agree on {check.metastable_agreement:.1%}",
+        f"on which side of 0.1 eV/atom a crystal is they agree for {check.metastable_agreement:.1%}, "
+        f"of 0 for {check.stable_agreement:.1%}",
     )
     values = (check.formation_energy_mae, check.hull_distance_mae)
     return [

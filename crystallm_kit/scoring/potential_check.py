@@ -27,6 +27,7 @@ from crystallm_kit.records import Crystal
 from crystallm_kit.scores.element_references import Check, ElementReferences, fit_references
 from crystallm_kit.scores.hull import Hull
 from crystallm_kit.scores.hull_sources import read_hull
+from crystallm_kit.scores.stability_scores import METASTABLE_EV, STABLE_EV
 from crystallm_kit.structures.files import read
 from crystallm_kit.structures.relaxation import Relaxed, load_potential
 from crystallm_kit.structures.relaxation_workers import RelaxSettings
@@ -120,7 +121,8 @@ def check(
         hull=hull.name,
         hull_distance_mae=_rounded(np.abs(far - known_far)),
         hull_distance_mae_of_hull=_rounded(np.abs(far_of_known - known_far)),
-        metastable_agreement=_rounded((far <= 0.1) == (known_far <= 0.1)),
+        metastable_agreement=_rounded((far <= METASTABLE_EV) == (known_far <= METASTABLE_EV)),
+        stable_agreement=_rounded((far <= STABLE_EV) == (known_far <= STABLE_EV)),
         note=note,
     )  # fmt: skip
 
