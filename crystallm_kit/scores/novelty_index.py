@@ -263,20 +263,27 @@ def _cover(names: Sequence[str]) -> list[str]:
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process, and clear what a killed writer left."""
-    with (folder / _LOCK).open("a+b") as file:
-        _lock(file.fileno())
-        for partial in folder.glob(".*.partial"):
+    """Hold the folder's lock, and clear what a killed writer left."""
+    with locked(folder / _LOCK):
+        for partial in folder.glob(".*.shard.partial"):
             partial.unlink(missing_ok=True)
         yield
 
 
-def _lock(descriptor: int) -> None:
-    try:
-        import fcntl
-    except ImportError:  # not POSIX: the caller has to see to it that one process writes
-        return
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a file's lock, waiting for it; it ends with the process, however that ends.
+
+    POSIX only: elsewhere the caller has to see to it that one process writes.
+    """
+    with path.open("a+b") as file:
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+        yield
 
 
 def _sync_folder(folder: Path) -> None:

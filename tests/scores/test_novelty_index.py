@@ -198,7 +198,7 @@ def test_a_writer_killed_at_any_moment_leaves_whole_additions(tmp_path):
         assert len(index) >= last + 600
         assert len(index) % 200 == 0
         last = len(index)
-    (folder / ".left.partial").write_bytes(b"half")
+    (folder / ".left.shard.partial").write_bytes(b"half")
     index.add(["last"], [form_of()])
     assert index.find(form_of(), DEFAULT) == "last"
     assert not list(folder.glob(".*.partial"))
