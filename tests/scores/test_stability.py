@@ -20,7 +20,7 @@ from crystallm_kit.scores.stability_scores import Standing, stability_scores
 from crystallm_kit.structures.relaxation import Relaxed
 
 CHECK = Check(
-    "mp_test, 300", 300, 4, "relaxed", 0.022, 0.003, "small", 0.031, 0.002, 0.93, "seen in training"
+    "mp_test, 300", 300, 4, "relaxed", 0.022, 0.003, "small", 0.031, 0.002, 0.93, 0.8, "seen in training"
 )
 REFERENCES = ElementReferences("toy 1", {"Na": -1.3, "Cl": -1.8, "Fe": -8.0}, "three", 3, 0.0, (CHECK,))
 HULL = Hull.from_formation_energies(["NaCl", "Na", "Cl2", "Fe"], [-2.1, 0, 0, 0], name="small")
