@@ -37,6 +37,8 @@ from crystallm_kit.structures.relaxation_workers import (
 )
 from crystallm_kit.structures.writing import write
 
+# CHGNet makes its graphs on the CPU, 1.8 ms for nine atoms: one process would leave a GPU waiting
+_ON_A_GPU = 4
 ROWS, STRUCTURES, SETTINGS = "relaxed.jsonl", "relaxed.extxyz", "settings.json"
 Say = Callable[[int, int], None]
 
@@ -57,7 +59,7 @@ def relax_set(
         crystals: (id, ordered structure); ids are unique.
         out: Folder of the records; None: they are kept nowhere.
         settings: None: CHGNet, as RelaxSettings has it.
-        workers: Processes, of one thread each on a CPU; None: one on a GPU, else one a core.
+        workers: Processes, of one thread each; None: one a core, on a GPU at most 4, which share it.
         device: cuda, cpu ...; None: a GPU where there is one.
         together: Crystals of one batch; None: 12, on a GPU 256.
         say: Told how many are done, and of how many.
@@ -76,7 +78,8 @@ def relax_set(
     todo = sorted((c for c in named if c[0] not in done), key=lambda c: -len(c[1]))
     if todo:
         device = device or best_device()
-        n_workers = workers or (len(os.sched_getaffinity(0)) if device == "cpu" else 1)
+        cores = len(os.sched_getaffinity(0))
+        n_workers = workers or (cores if device == "cpu" else min(_ON_A_GPU, cores))
         size = together or (12 if device == "cpu" else 256)
         batches = [todo[i : i + size] for i in range(0, len(todo), size)]
         with contextlib.closing(rows_of_batches(batches, settings, n_workers, device)) as rows:
