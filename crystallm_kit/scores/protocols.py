@@ -49,8 +49,8 @@ PUBLISHED: dict[str, PublishedProtocol] = {
         PublishedProtocol(
             "kit", "crystallm_kit",
             "LeMat's distances and densities with the images of the same atom, SMACT's charge rule. First "
-            "seen kept; shares are of everything requested, failures included. Stricter variants of the peers' "
-            "numbers stand here, beside theirs.",
+            "seen kept; shares are of everything requested, failures included. Stricter variants of the "
+            "peers' numbers stand here, beside theirs.",
             "this package", f"{_SMACT}; pymatgen 2026.10's atomic radii; StructureMatcher 0.2 / 0.3 / 5",
             ("kit",),
         ),
@@ -95,8 +95,8 @@ PUBLISHED: dict[str, PublishedProtocol] = {
         PublishedProtocol(
             "mattergen", "MatterGen",
             "Stable at or below 0.1 eV/atom after relaxation, unique and novel as independent masks, "
-            "validity not required; shares are of the scored structures, stable and S.U.N. of these and failed jobs. "
-            "Its default matcher also mixes elements that could alloy, this one does not.",
+            "validity not required; shares are of the scored structures, stable and S.U.N. of these and "
+            "failed jobs. Its default matcher also mixes elements that could alloy, this one does not.",
             "Zeni et al., Nature 639, 624 (2025); github.com/microsoft/mattergen",
             f"{_SMACT}; hull and potential: those of the run", ("mattergen",),
         ),
