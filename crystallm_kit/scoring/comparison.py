@@ -23,8 +23,9 @@ from crystallm_kit.errors import UserError
 from crystallm_kit.scoring.axes import MARK_SHAPES, number, written_unit
 from crystallm_kit.scoring.document import document, markup
 from crystallm_kit.scoring.plots import funnel_picture
-from crystallm_kit.scoring.report import plain_pairs, read_report, when
+from crystallm_kit.scoring.report import read_report
 from crystallm_kit.scoring.tables import ScoreDict, interval_of, label_of, line_of, overlap, protocol_of
+from crystallm_kit.scoring.wording import plain_pairs, when
 
 COMPARISON_HTML = "comparison.html"
 _OF_REFERENCE = frozenset(

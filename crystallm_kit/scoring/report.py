@@ -7,7 +7,8 @@ against the reference; structures in 3-D; parity and calibration; failures; publ
 it was made. A section whose numbers the run does not have is left out.
 
 Not here: the numbers (the run); tables (tables.py, beside.py); pictures (plots.py, histograms.py,
-gallery.py); the page's frame, scripts and policy (document.py); several runs (comparison.py).
+gallery.py); how things are said (wording.py); the page's frame, scripts and policy (document.py); several
+runs (comparison.py).
 """
 
 import json
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from crystallm_kit.errors import ReadError
-from crystallm_kit.scoring.axes import MARK_SHAPES, number, percent, written_unit
+from crystallm_kit.scoring.axes import MARK_SHAPES, percent
 from crystallm_kit.scoring.beside import PublishedBlock, plain_block, published_block
 from crystallm_kit.scoring.document import document, embedded_json, markup
 from crystallm_kit.scoring.failed_rows import failed_rows
@@ -32,7 +33,15 @@ from crystallm_kit.scoring.histograms import (
 from crystallm_kit.scoring.plots import funnel_picture, parity_picture
 from crystallm_kit.scoring.published import MARKS, published_tables
 from crystallm_kit.scoring.tables import protocol_of, protocol_tables
-from crystallm_kit.structures.spacegroups import spacegroup_symbol
+from crystallm_kit.scoring.wording import (
+    formula_markup,
+    measure_label,
+    measures_in_words,
+    plain_pairs,
+    spacegroup_markup,
+    spacegroup_text,
+    when,
+)
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 SCHEMA = 1
@@ -43,11 +52,6 @@ _SECTIONS = (
 )  # fmt: skip
 _NEEDED = ("schema", "created", "command", "versions", "settings", "protocols", "sets", "reference", "notes")
 _NEEDED_OF_SET = ("name", "n_requested", "funnel", "reasons", "scores", "distributions", "gallery", "rows")
-# The end of a measure's key -> its unit.
-_UNITS = {
-    "_g_cm3": "g/cm³", "_angstrom3": "Å³", "_angstrom": "Å", "_ev_per_atom": "eV/atom", "_ev": "eV",
-    "_gpa": "GPa", "_degree": "°", "_degrees": "°",
-}  # fmt: skip
 _TONES = {"best": "good", "typical": "", "failure": "bad"}
 SIGNS = {"verified": "✓", "local": "§", "recalled": "†", "measured": "◆"}
 
@@ -280,7 +284,7 @@ def _gallery(
                 "plain_formula": str(item.get("formula") or item["id"]),
                 "spacegroup": spacegroup_markup(item.get("spacegroup_number")),
                 "reason": str(item.get("reason") or ""), "detail": str(item.get("detail") or ""),
-                "measures": _measures(item.get("measures") or {}), "id": str(item["id"]),
+                "measures": measures_in_words(item.get("measures") or {}), "id": str(item["id"]),
             })  # fmt: skip
             structures.append({**data, "cif": str(item.get("cif") or ""), "name": name})
         if cards:
@@ -338,73 +342,3 @@ def _sign(mark: str, second_hand: bool) -> str:
 
 def _said(mark: str, second_hand: bool) -> str:
     return MARKS.get(mark, mark) + (", in a document that quotes it" if second_hand else "")
-
-
-# ---------------------------------------------------------------- words
-
-
-def measure_label(key: str) -> tuple[str, str]:
-    """Return a measure in words and its unit: "density_g_cm3" is ("Density", "g/cm³")."""
-    special = {
-        "n_sites": "Sites in the cell",
-        "spacegroup_number": "Space group",
-        "n_elements": "Number of elements",
-    }
-    end = next((end for end in sorted(_UNITS, key=len, reverse=True) if key.endswith(end)), "")
-    words = special.get(key) or key.removesuffix(end).replace("_", " ")
-    return words[:1].upper() + words[1:], _UNITS.get(end, "")
-
-
-def _measures(measures: Mapping[str, Any]) -> dict[str, str]:
-    found = {}
-    for key, value in measures.items():
-        label, unit = measure_label(str(key))
-        text = number(float(value), 4) if isinstance(value, int | float) else str(value)
-        found[label.lower()] = f"{text} {unit}".strip()
-    return found
-
-
-def spacegroup_text(spacegroup_number: Any) -> str:
-    """Return "Fm-3m (225)"; the text itself where it is no number from 1 to 230."""
-    text = "" if spacegroup_number is None else str(spacegroup_number)
-    try:
-        whole = int(float(text))
-    except (ValueError, OverflowError):
-        return text
-    return f"{spacegroup_symbol(whole)} ({whole})" if 1 <= whole <= 230 else text
-
-
-def spacegroup_markup(spacegroup_number: Any) -> Any:
-    """Return the same with bars over numbers instead of minus signs; any other text to be escaped."""
-    text = spacegroup_text(spacegroup_number)
-    if not re.fullmatch(r"[A-Za-z0-9/_-]+ \(\d+\)", text):
-        return text
-    return markup(re.sub(r"-(\d)", r'<span class="barred">\1</span>', text))
-
-
-def formula_markup(formula: Any) -> Any:
-    """Return a formula with its numbers lowered; any other text as it is, to be escaped."""
-    text = str(formula)
-    if not re.fullmatch(r"[A-Za-z0-9().\[\]]+", text):
-        return text
-    return markup(re.sub(r"(?<=[A-Za-z)\]])(\d+(?:\.\d+)?)", r"<sub>\1</sub>", text))
-
-
-def plain_pairs(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Return nested settings as one level of texts: {"matcher.length": "0.3"}."""
-    found: dict[str, str] = {}
-    for key, value in mapping.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping) and value:
-            found.update(plain_pairs(value, f"{name}."))
-        elif isinstance(value, list | tuple):
-            found[name] = ", ".join(str(item) for item in value) or "none"
-        else:
-            found[name] = "none" if value is None or value == {} else written_unit(str(value))
-    return found
-
-
-def when(iso: Any) -> str:
-    """Return a time as a person reads it: "2026-11-28 23:41 UTC"."""
-    match = re.fullmatch(r"(\d{4}-\d\d-\d\d)T(\d\d:\d\d)\S*?(Z|\+00:00)?", str(iso))
-    return f"{match[1]} {match[2]}{' UTC' if match[3] else ''}" if match else str(iso)

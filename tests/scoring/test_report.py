@@ -14,7 +14,8 @@ import pytest
 from crystallm_kit.errors import MissingExtra, ReadError
 from crystallm_kit.scoring.failed_rows import MOST
 from crystallm_kit.scoring.published import rows_for_report
-from crystallm_kit.scoring.report import measure_label, spacegroup_text, when, write_report
+from crystallm_kit.scoring.report import write_report
+from crystallm_kit.scoring.wording import measure_label, spacegroup_text, when
 
 HOSTILE = '"><img src=x onerror=alert(1)></script><script>alert(2)</script>'
 ADDRESSES = ("src", "href", "action", "formaction", "srcset", "poster", "data", "xlink:href", "background")
