@@ -12,6 +12,7 @@ C-Bone-UCL/CrystaLLM-pi (geometry against the sum formula).
 """
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,10 +43,12 @@ class CifStatements:
     def _block(self) -> dict[str, Any]:
         from pymatgen.io.cif import CifFile
 
-        try:
-            blocks = CifFile.from_str(self.text).data
-        except (ValueError, IndexError, KeyError, AttributeError):  # malformed text hits whatever it hits
-            return {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                blocks = CifFile.from_str(self.text).data
+            except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError):
+                return {}  # malformed text hits whatever it hits
         return dict(next(iter(blocks.values())).data) if blocks else {}
 
     @property
