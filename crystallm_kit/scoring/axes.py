@@ -61,7 +61,8 @@ def short(text: str, most: int) -> str:
 
 def written_unit(unit: str) -> str:
     """Return a unit as it is written: "angstrom3" is "Å³"."""
-    return unit.replace("^", "").replace("angstrom3", "Å³").replace("angstrom", "Å").replace("cm3", "cm³")
+    unit = unit.replace("angstrom^3", "angstrom3").replace("cm^3", "cm3")
+    return unit.replace("angstrom3", "Å³").replace("angstrom", "Å").replace("cm3", "cm³")
 
 
 def percent(share: float) -> str:

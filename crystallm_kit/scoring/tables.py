@@ -48,6 +48,10 @@ _WORDS = {
 }
 
 
+# A unit that ends a name is shown with the value.
+_UNIT_END = re.compile(r"_(angstrom3?|ev(_per_atom)?|g_cm3|gpa|degrees?|percent)$")
+
+
 @dataclass(frozen=True)
 class Cell:
     """One number of one set, in words.
@@ -168,8 +172,9 @@ def shown(value: float, unit: str, digits: int = 1, *, bare: bool = False) -> st
 def label_of(name: str) -> str:
     """Return a metric in words: "cdvae.wdist_density" is "Wasserstein distance, density"."""
     metric, _, k = name.partition(".")[2].partition("@")
+    metric = _UNIT_END.sub("", metric)
     text = " ".join(_WORDS.get(word, word) for word in re.split(r"[_.]", metric) if word).strip(",") or name
-    return text[:1].upper() + text[1:] + (f" at n = {k}" if k else "")
+    return text[:1].upper() + text[1:] + (f" at n\u00a0=\u00a0{k}" if k else "")
 
 
 def interval_of(score: ScoreDict) -> tuple[float, float] | None:

@@ -48,6 +48,7 @@ def test_numbers_are_written_as_people_do(value, text):
 
 def test_units_and_percentages_are_written_as_people_do():
     assert [written_unit(u) for u in ("angstrom^3", "angstrom", "g/cm3", "")] == ["Å³", "Å", "g/cm³", ""]
+    assert written_unit("(V/N)^(1/3)") == "(V/N)^(1/3)"
     assert [percent(x) for x in (0, 0.8325, 1, 0.9999)] == ["0 %", "83.2 %", "100 %", "100 %"]
 
 
