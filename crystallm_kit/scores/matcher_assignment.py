@@ -7,28 +7,22 @@ distances (nearest images) is smallest, then the mean vector comes off. Where se
 are equally good, rounding decides in pymatgen; here all of them are tried, and the smallest and the largest
 distance come back. They are equal where it does not matter.
 
-Not here: which cells, which translations (matcher_kernel.py).
+Not here: which cells, which translations (matcher_kernel.py); equally good ones (matcher_ties.py).
 Sources: pymatgen-core 2026.10.16, core/structure_matcher.py, util/coord_cython.pyx (MIT licence); the
 assignment: Crouse, IEEE Trans. Aerosp. Electron. Syst. 52, 1679 (2016), as in scipy.
 """
 
-import math
-from typing import Any
-
 import numpy as np
-from numba import njit
 
-from crystallm_kit.scores.matcher_lattice import NEAR
+from crystallm_kit.scores.matcher_lattice import NEAR, Array, kernel
+from crystallm_kit.scores.matcher_ties import bound_of, over_assignments, shortest_images, spread_of
 
 _APART = 1e20  # the cost of what must not be paired
-_MOST_STEPS = 20_000  # of the search through equally good assignments
-_MOST_OPTIONS = 64  # of one site
 
-Array = Any  # numba arrays
 Room = tuple[Array, Array, Array, Array]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def site_distance(
     moved: Array,
     own: Array,
@@ -82,35 +76,20 @@ def site_distance(
         if tied[i, partner[i]] == 1:
             loose[i] = True
         any_loose = any_loose or loose[i]
-    value = _spread(vectors, partner, is_rms)
+    chosen = np.empty((n, 3))
+    for i in range(n):
+        for axis in range(3):
+            chosen[i, axis] = vectors[i, partner[i], axis]
+    value = spread_of(chosen, is_rms)
     if not any_loose:
         return value, value
-    low = _bound(vectors, cost, tied, partner, loose, free, starts, ends, basis)
+    low = bound_of(vectors, cost, partner, loose, free, starts, ends, basis)
     if low >= needed:
         return low, max(low, value)
-    return _over_assignments(vectors, cost, tied, partner, loose, free, starts, ends, basis, low, is_rms)
+    return over_assignments(vectors, partner, loose, free, starts, ends, basis, chosen, low, is_rms)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _spread(vectors: Array, partner: Array, is_rms: bool) -> float:
-    """Return the RMS or largest length of the paired vectors without their mean."""
-    n = partner.shape[0]
-    mean = np.zeros(3)
-    for i in range(n):
-        for axis in range(3):
-            mean[axis] += vectors[i, partner[i], axis]
-    mean /= n
-    total, largest = 0.0, 0.0
-    for i in range(n):
-        square = 0.0
-        for axis in range(3):
-            square += (vectors[i, partner[i], axis] - mean[axis]) ** 2
-        total += square
-        largest = max(largest, square)
-    return math.sqrt(total / n) if is_rms else math.sqrt(largest)
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def _row(
     moved: Array,
     own: Array,
@@ -152,7 +131,7 @@ def _row(
         if square < certain:
             cost[row, j] = square
             continue
-        shortest, count = _shortest_images(vectors[row, j], basis)
+        shortest, count = shortest_images(vectors[row, j, 0], vectors[row, j, 1], vectors[row, j, 2], basis)
         for axis in range(3):
             vectors[row, j, axis] = shortest[0, axis]
         cost[row, j] = shortest[0, 0] ** 2 + shortest[0, 1] ** 2 + shortest[0, 2] ** 2
@@ -161,35 +140,7 @@ def _row(
     return found
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
-def _shortest_images(vector: Array, basis: Array) -> tuple[Array, int]:
-    """Return the shortest vectors that differ from one by the lattice, and their number."""
-    out = np.empty((27, 3))
-    squares = np.empty(27)
-    count = 0
-    least = np.inf
-    for a in range(-1, 2):
-        for b in range(-1, 2):
-            for c in range(-1, 2):
-                x = vector[0] + a * basis[0, 0] + b * basis[1, 0] + c * basis[2, 0]
-                y = vector[1] + a * basis[0, 1] + b * basis[1, 1] + c * basis[2, 1]
-                z = vector[2] + a * basis[0, 2] + b * basis[1, 2] + c * basis[2, 2]
-                square = x * x + y * y + z * z
-                if square > least + NEAR:
-                    continue
-                least = min(least, square)
-                squares[count] = square
-                out[count, 0], out[count, 1], out[count, 2] = x, y, z
-                count += 1
-    kept = 0
-    for i in range(count):
-        if squares[i] <= least + NEAR:
-            out[kept] = out[i]
-            kept += 1
-    return out, kept
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def _partners(cost: Array, begin: int, end: int, partner: Array, loose: Array, free: Array) -> bool:
     """Assign the sites of one element, and mark those of which another assignment is as good.
 
@@ -227,7 +178,7 @@ def _partners(cost: Array, begin: int, end: int, partner: Array, loose: Array, f
     return True
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def _mark_cycles(free: Array, begin: int, n: int, partner: Array, loose: Array) -> None:
     """Mark the rows that may lie on a cycle: those left when rows without a way in or out are taken away."""
     owner = np.empty(n, np.int64)
@@ -254,19 +205,19 @@ def _mark_cycles(free: Array, begin: int, n: int, partner: Array, loose: Array) 
             loose[begin + i] = True
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def _assign(cost: Array, begin: int, n: int, partner: Array, row_dual: Array, column_dual: Array) -> bool:
     """Solve the assignment of one element by shortest augmenting paths; return whether there is one."""
-    row_dual[:] = 0.0
-    column_dual[:] = 0.0
-    row_of = np.full(n, -1)
-    column_of = np.full(n, -1)
-    path = np.full(n, -1)
+    row_of, column_of, path = np.empty(n, np.int64), np.empty(n, np.int64), np.empty(n, np.int64)
     shortest = np.empty(n)
+    for i in range(n):
+        row_dual[i], column_dual[i] = 0.0, 0.0
+        row_of[i], column_of[i], path[i] = -1, -1, -1
     for row in range(n):
-        shortest[:] = np.inf
         seen_row = np.zeros(n, np.bool_)
         seen_column = np.zeros(n, np.bool_)
+        for j in range(n):
+            shortest[j] = np.inf
         least, i, sink = 0.0, row, -1
         while sink == -1:
             seen_row[i] = True
@@ -306,146 +257,3 @@ def _assign(cost: Array, begin: int, n: int, partner: Array, row_dual: Array, co
     for i in range(n):
         partner[begin + i] = begin + column_of[i]
     return True
-
-
-# ---------------------------------------------------------------- equally good assignments
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _options(
-    vectors: Array, tied: Array, partner: Array, free: Array, row: int, begin: int, end: int, basis: Array
-) -> tuple[Array, Array, int]:
-    """Return the columns and vectors that a loose site may be paired with, and their number."""
-    columns = np.empty(_MOST_OPTIONS, np.int64)
-    out = np.empty((_MOST_OPTIONS, 3))
-    count = 0
-    for j in range(begin, end):
-        if j != partner[row] and (end - begin == 1 or not free[row, j]):
-            continue
-        images, held = vectors[row, j : j + 1], 1
-        if tied[row, j]:
-            images, held = _shortest_images(vectors[row, j], basis)
-        for k in range(held):
-            if count < _MOST_OPTIONS:
-                columns[count] = j
-                out[count] = images[k]
-            count += 1
-    return columns, out, count
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _bound(
-    vectors: Array,
-    cost: Array,
-    tied: Array,
-    partner: Array,
-    loose: Array,
-    free: Array,
-    starts: Array,
-    ends: Array,
-    basis: Array,
-) -> float:
-    """Return a lower bound of the RMS distance of every assignment that is as good.
-
-    They all have the same sum of squares; from it comes off the square of the mean vector, whose components
-    are largest where all loose vectors point one way.
-    """
-    n = partner.shape[0]
-    squares = 0.0
-    most, least = np.zeros(3), np.zeros(3)
-    for i in range(n):
-        squares += cost[i, partner[i]]
-        if not loose[i]:
-            most += vectors[i, partner[i]]
-            least += vectors[i, partner[i]]
-            continue
-        _, options, count = _options(vectors, tied, partner, free, i, starts[i], ends[i], basis)
-        if count > _MOST_OPTIONS:
-            return -1.0
-        for axis in range(3):
-            most[axis] += options[:count, axis].max()
-            least[axis] += options[:count, axis].min()
-    square = 0.0
-    for axis in range(3):
-        square += max(abs(most[axis]), abs(least[axis])) ** 2
-    return math.sqrt(max(0.0, squares / n - square / (n * n))) - NEAR
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _over_assignments(
-    vectors: Array,
-    cost: Array,
-    tied: Array,
-    partner: Array,
-    loose: Array,
-    free: Array,
-    starts: Array,
-    ends: Array,
-    basis: Array,
-    bound: float,
-    is_rms: bool,
-) -> tuple[float, float]:
-    """Return the smallest and largest distance over all assignments that are as good (depth-first)."""
-    n = partner.shape[0]
-    rows = np.nonzero(loose)[0]
-    depth = rows.shape[0]
-    columns = np.empty((depth, _MOST_OPTIONS), np.int64)
-    options = np.empty((depth, _MOST_OPTIONS, 3))
-    counts = np.empty(depth, np.int64)
-    chosen = np.empty((n, 3))
-    for i in range(n):
-        chosen[i] = vectors[i, partner[i]]
-    for i in range(depth):
-        row = rows[i]
-        columns[i], options[i], counts[i] = _options(
-            vectors, tied, partner, free, row, starts[row], ends[row], basis
-        )
-        if counts[i] > _MOST_OPTIONS:
-            return bound, np.inf
-    taken = np.zeros(n, np.bool_)
-    for i in range(n):
-        if not loose[i]:
-            taken[partner[i]] = True
-    at = np.full(depth, -1)
-    low, high = np.inf, 0.0
-    level, steps = 0, 0
-    while level >= 0:
-        if at[level] >= 0:
-            taken[columns[level, at[level]]] = False
-        at[level] += 1
-        while at[level] < counts[level] and taken[columns[level, at[level]]]:
-            at[level] += 1
-        if at[level] == counts[level]:
-            at[level] = -1
-            level -= 1
-            continue
-        steps += 1
-        if steps > _MOST_STEPS:
-            return bound, np.inf
-        taken[columns[level, at[level]]] = True
-        chosen[rows[level]] = options[level, at[level]]
-        if level + 1 < depth:
-            level += 1
-            continue
-        value = _spread_of(chosen, is_rms)
-        low, high = min(low, value), max(high, value)
-    return low, high
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def _spread_of(chosen: Array, is_rms: bool) -> float:
-    """Return the RMS or largest length of vectors (N, 3) without their mean."""
-    n = chosen.shape[0]
-    mean = np.zeros(3)
-    for i in range(n):
-        for axis in range(3):
-            mean[axis] += chosen[i, axis]
-    mean /= n
-    total, largest = 0.0, 0.0
-    for i in range(n):
-        square = 0.0
-        for axis in range(3):
-            square += (chosen[i, axis] - mean[axis]) ** 2
-        total += square
-        largest = max(largest, square)
-    return math.sqrt(total / n) if is_rms else math.sqrt(largest)

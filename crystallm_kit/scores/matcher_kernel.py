@@ -1,6 +1,6 @@
 """StructureMatcher's search for the best mapping of one reduced cell on another, compiled.
 
-    status, value = match(numbers_1, lattice_1, fractional_1, numbers_2, ..., 0.3, 0.5, 10.0, True)
+    status, value = match_cells(numbers_1, lattice_1, fractional_1, numbers_2, ..., 0.3, 0.5, 10.0, True)
 
 Contract: pymatgen tries every lattice mapping within the tolerances, with every translation that brings two
 sites of the rarest element together, and keeps the smallest normalised RMS distance (or stops at the first
@@ -18,22 +18,24 @@ licence); the assignment: Crouse, IEEE Trans. Aerosp. Electron. Syst. 52, 1679 (
 """
 
 import math
-from typing import Any
 
 import numpy as np
-from numba import njit
 
 from crystallm_kit.scores.matcher_assignment import site_distance
 from crystallm_kit.scores.matcher_lattice import (
     NEAR,
+    Array,
     angle_matches,
     angles_of,
     determinant,
     inverse,
+    kernel,
     lengths_of,
     lll_reduced,
     points_in_sphere,
     product,
+    spacings,
+    stable_order,
     within_length,
 )
 
@@ -42,11 +44,9 @@ _PERFECT = 1e-5  # below it pymatgen looks no further
 _SAME = 1e-10  # what a bound may differ without changing an answer
 _MOST_TIES = 6  # in the reduction of one basis
 
-Array = Any  # numba arrays
 
-
-@njit(cache=True, nogil=True, error_model="numpy")
-def match(
+@kernel
+def match_cells(
     numbers_1: Array,
     lattice_1: Array,
     fractional_1: Array,
@@ -74,8 +74,7 @@ def match(
     n = numbers_1.shape[0]
     if numbers_2.shape[0] != n:
         return NO_MATCH, 0.0
-    order_1 = np.argsort(numbers_1, kind="mergesort")
-    order_2 = np.argsort(numbers_2, kind="mergesort")
+    order_1, order_2 = stable_order(numbers_1), stable_order(numbers_2)
     starts = np.empty(n, np.int64)
     ends = np.empty(n, np.int64)
     for i in range(n):
@@ -92,13 +91,20 @@ def match(
         if ends[place[i]] - starts[place[i]] < ends[origin] - starts[origin]:
             origin = place[i]
     origin = starts[origin]
-    f1, f2 = fractional_1[order_1], fractional_2[order_2]
+    f1, f2 = np.empty((n, 3)), np.empty((n, 3))
+    for i in range(n):
+        for axis in range(3):
+            f1[i, axis], f2[i, axis] = fractional_1[order_1[i], axis], fractional_2[order_2[i], axis]
 
     ratio = (abs(determinant(lattice_2)) / abs(determinant(lattice_1))) ** (1 / 6)
-    cell_1, cell_2 = lattice_1 * ratio, lattice_2 / ratio
+    cell_1, cell_2 = np.empty((3, 3)), np.empty((3, 3))
+    for i in range(3):
+        for axis in range(3):
+            cell_1[i, axis], cell_2[i, axis] = lattice_1[i, axis] * ratio, lattice_2[i, axis] / ratio
     lengths = lengths_of(cell_2)
     angles = angles_of(cell_2, lengths)
-    index, cart, distance = points_in_sphere(cell_1, lengths.max() * (1 + length_tolerance))
+    longest = max(lengths[0], lengths[1], lengths[2])
+    index, cart, distance = points_in_sphere(cell_1, longest * (1 + length_tolerance))
     rows_a, close_a = within_length(distance, lengths[0], length_tolerance)
     rows_b, close_b = within_length(distance, lengths[1], length_tolerance)
     rows_c, close_c = within_length(distance, lengths[2], length_tolerance)
@@ -128,16 +134,21 @@ def match(
                     scale[0, axis] = index[rows_a[a], axis]
                     scale[1, axis] = index[rows_b[b], axis]
                     scale[2, axis] = index[rows_c[c], axis]
+                    mapped[0, axis] = cart[rows_a[a], axis]
+                    mapped[1, axis] = cart[rows_b[b], axis]
+                    mapped[2, axis] = cart[rows_c[c], axis]
                 if abs(abs(determinant(scale)) - 1) > 0.5:
                     continue
-                mapped[0], mapped[1], mapped[2] = cart[rows_a[a]], cart[rows_b[b]], cart[rows_c[c]]
                 own = product(f1, inverse(scale))  # scale @ cell_1 is the mapped cell
                 for i in range(n):
                     for axis in range(3):
                         own[i, axis] -= math.floor(own[i, axis])
                 mean = _mean_lattice(mapped, lengths, angles)
                 normal = (n / abs(determinant(mean))) ** (1 / 3)
-                allowed = lengths_of(inverse(mean).T) * (2 * site_tolerance / normal)
+                farthest = 2 * site_tolerance / normal
+                allowed = spacings(mean)
+                for axis in range(3):
+                    allowed[axis] *= farthest
                 basis, turn, reach, ties = mean, mean, allowed, -1
                 for first in range(starts[origin], ends[origin]):
                     for i in range(n):
@@ -149,15 +160,15 @@ def match(
                     if ties < 0:
                         basis, mapping, ties = lll_reduced(mean, -1)
                         turn = inverse(mapping)
-                        reach = lengths_of(inverse(basis).T)
+                        reach = spacings(basis)
                     needed = min(best, site_tolerance) / normal
                     low, high = site_distance(
                         product(moved, turn), product(own, turn), basis, reach,
-                        2 * site_tolerance / normal, ties > 0, starts, ends, room, needed, is_rms,
+                        farthest, ties > 0, starts, ends, room, needed, is_rms,
                     )  # fmt: skip
                     if low < 0 and ties > 0:
                         low, high = _over_bases(
-                            mean, moved, own, 2 * site_tolerance / normal, starts, ends, room, needed, is_rms
+                            mean, moved, own, farthest, starts, ends, room, needed, is_rms
                         )
                     low, high = low * normal, high * normal
                     if near == UNCERTAIN or high - low > _SAME:
@@ -177,7 +188,7 @@ def match(
     return (MATCH if best < site_tolerance else NO_MATCH), best
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def _mean_lattice(mapped: Array, lengths: Array, angles: Array) -> Array:
     """Return the lattice of the mean lengths and angles (Lattice.from_parameters)."""
     own = lengths_of(mapped)
@@ -197,7 +208,7 @@ def _mean_lattice(mapped: Array, lengths: Array, angles: Array) -> Array:
     return out
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def _is_near(moved: Array, own: Array, allowed: Array, starts: Array, ends: Array) -> int:
     """Tell whether every site has a like one within a fractional tolerance: NO_MATCH, MATCH or UNCERTAIN."""
     answer = MATCH
@@ -223,7 +234,7 @@ def _is_near(moved: Array, own: Array, allowed: Array, starts: Array, ends: Arra
     return answer
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def _over_bases(
     mean: Array,
     moved: Array,
@@ -243,7 +254,7 @@ def _over_bases(
             return -1.0, np.inf
         if choices >> ties:
             continue  # as one before
-        turn, reach = inverse(mapping), lengths_of(inverse(basis).T)
+        turn, reach = inverse(mapping), spacings(basis)
         here = site_distance(
             product(moved, turn), product(own, turn), basis, reach, farthest, False, starts, ends, room,
             needed, is_rms,

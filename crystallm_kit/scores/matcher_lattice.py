@@ -23,9 +23,11 @@ _SMALLEST_SPHERE = 1.0
 _MOST_POINTS = 4_000_000.0  # of a lattice in a sphere: cells beyond are needles
 
 Array = Any  # numba arrays
+# Not cached here: numba does not see changes in other files; matcher_compiled.py caches the two entries.
+kernel = njit(nogil=True, error_model="numpy")
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def lengths_of(matrix: Array) -> Array:
     """Return the lengths of the rows."""
     out = np.empty(matrix.shape[0])
@@ -36,13 +38,13 @@ def lengths_of(matrix: Array) -> Array:
     return out
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def inner(a: Array, i: int, b: Array, j: int) -> float:
     """Return the scalar product of row i of a and row j of b."""
     return a[i, 0] * b[j, 0] + a[i, 1] * b[j, 1] + a[i, 2] * b[j, 2]  # type: ignore[no-any-return]
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def angles_of(matrix: Array, lengths: Array) -> Array:
     """Return alpha, beta, gamma in degrees."""
     out = np.empty(3)
@@ -53,7 +55,7 @@ def angles_of(matrix: Array, lengths: Array) -> Array:
     return out
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def determinant(m: Array) -> float:
     """Return the determinant of a (3, 3) matrix."""
     return (  # type: ignore[no-any-return]
@@ -63,7 +65,7 @@ def determinant(m: Array) -> float:
     )
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def inverse(m: Array) -> Array:
     """Return the inverse of a (3, 3) matrix; its columns are the reciprocal vectors, without 2 pi."""
     out = np.empty((3, 3))
@@ -76,7 +78,17 @@ def inverse(m: Array) -> Array:
     return out
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
+def spacings(matrix: Array) -> Array:
+    """Return the inverse distances of the lattice planes: lengths of the reciprocal vectors, without 2 pi."""
+    columns = inverse(matrix)
+    out = np.empty(3)
+    for i in range(3):
+        out[i] = math.sqrt(columns[0, i] ** 2 + columns[1, i] ** 2 + columns[2, i] ** 2)
+    return out
+
+
+@kernel
 def product(a: Array, b: Array) -> Array:
     """Return a (N, 3) times b (3, 3)."""
     out = np.empty((a.shape[0], 3))
@@ -86,7 +98,7 @@ def product(a: Array, b: Array) -> Array:
     return out
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def lll_reduced(matrix: Array, choices: int) -> tuple[Array, Array, int]:
     """Return the basis of Lattice.get_lll_reduced_lattice (delta 0.75), its mapping, and the number of ties.
 
@@ -143,7 +155,7 @@ def lll_reduced(matrix: Array, choices: int) -> tuple[Array, Array, int]:
     return a, mapping, ties
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def _orthogonalise(a: Array, b: Array, u: Array, m: Array, i: int) -> None:
     for j in range(i):
         u[i, j] = inner(a, i, b, j) / m[j]
@@ -155,7 +167,7 @@ def _orthogonalise(a: Array, b: Array, u: Array, m: Array, i: int) -> None:
     m[i] = inner(b, i, b, i)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def points_in_sphere(matrix: Array, radius: float) -> tuple[Array, Array, Array]:
     """Return the lattice points around the origin, in the order of Lattice.get_points_in_sphere.
 
@@ -168,19 +180,18 @@ def points_in_sphere(matrix: Array, radius: float) -> tuple[Array, Array, Array]
     volume = abs(determinant(matrix))
     if not (searched**3 * 4.2 < _MOST_POINTS * volume):
         return np.empty((0, 3), np.int64), np.empty((0, 3)), np.empty(0)
-    reach = lengths_of(inverse(matrix).T)
+    reach = spacings(matrix)
     most = np.empty(3, np.int64)
     for i in range(3):
-        most[i] = int(math.floor(searched * reach[i] * (1 + 1e-6) + 1e-6))
+        most[i] = math.floor(searched * reach[i] * (1 + 1e-6) + 1e-6)
     if (2.0 * most[0] + 1) * (2.0 * most[1] + 1) * (2.0 * most[2] + 1) > 8 * _MOST_POINTS:
         return np.empty((0, 3), np.int64), np.empty((0, 3)), np.empty(0)
     room = 64
-    index = np.empty((room, 3), np.int64)
+    index = np.empty((room, 4), np.int64)  # and the cube that it lies in
     cart = np.empty((room, 3))
-    cube = np.empty(room, np.int64)
     limit = searched * searched + _SPHERE_TOLERANCE
     count = 0
-    held = np.zeros(28, np.int64)
+    filled = np.zeros(27, np.int64)
     for i in range(-most[0], most[0] + 1):
         for j in range(-most[1], most[1] + 1):
             for k in range(-most[2], most[2] + 1):
@@ -191,51 +202,60 @@ def points_in_sphere(matrix: Array, radius: float) -> tuple[Array, Array, Array]
                     continue
                 if count == room:
                     room *= 2
-                    index = _grown_int(index, room)
-                    cart = _grown(cart, room)
-                    larger = np.empty(room, np.int64)
-                    larger[:count] = cube
-                    cube = larger
+                    larger, larger_index = np.empty((room, 3)), np.empty((room, 4), np.int64)
+                    for row in range(count):
+                        for axis in range(3):
+                            larger[row, axis] = cart[row, axis]
+                        for axis in range(4):
+                            larger_index[row, axis] = index[row, axis]
+                    cart, index = larger, larger_index
                 index[count, 0], index[count, 1], index[count, 2] = i, j, k
                 cart[count, 0], cart[count, 1], cart[count, 2] = x, y, z
                 start = searched + 2 * _SPHERE_TOLERANCE
-                cube[count] = (
-                    9 * int(math.floor((x + start) / searched))
-                    + 3 * int(math.floor((y + start) / searched))
-                    + int(math.floor((z + start) / searched))
+                index[count, 3] = (
+                    9 * math.floor((x + start) / searched)
+                    + 3 * math.floor((y + start) / searched)
+                    + math.floor((z + start) / searched)
                 )
-                held[cube[count] + 1] += 1
+                filled[index[count, 3]] += 1
                 count += 1
-    ends = np.cumsum(held)[1:]
-    filled = ends.copy()
+    for i in range(1, 27):
+        filled[i] += filled[i - 1]
     out_index = np.empty((count, 3), np.int64)
     out_cart = np.empty((count, 3))
     for i in range(count):  # each cube is filled from its end
-        filled[cube[i]] -= 1
-        out_index[filled[cube[i]]] = index[i]
-        out_cart[filled[cube[i]]] = cart[i]
+        place = filled[index[i, 3]] - 1
+        filled[index[i, 3]] = place
+        for axis in range(3):
+            out_index[place, axis], out_cart[place, axis] = index[i, axis], cart[i, axis]
     distance = lengths_of(out_cart)
     if searched != radius:
-        inside = np.nonzero(distance <= radius)[0]
-        return out_index[inside], out_cart[inside], distance[inside]
+        kept = 0
+        for i in range(count):
+            if distance[i] <= radius:
+                distance[kept] = distance[i]
+                for axis in range(3):
+                    out_index[kept, axis], out_cart[kept, axis] = out_index[i, axis], out_cart[i, axis]
+                kept += 1
+        return out_index[:kept], out_cart[:kept], distance[:kept]
     return out_index, out_cart, distance
 
 
-@njit(cache=True, nogil=True)
-def _grown(array: Array, room: int) -> Array:
-    larger = np.empty((room, 3))
-    larger[: array.shape[0]] = array
-    return larger
+@kernel
+def stable_order(keys: Array) -> Array:
+    """Return the indices that sort integers, equal ones as they come."""
+    n = keys.shape[0]
+    order = np.empty(n, np.int64)
+    for i in range(n):
+        j = i
+        while j > 0 and keys[order[j - 1]] > keys[i]:
+            order[j] = order[j - 1]
+            j -= 1
+        order[j] = i
+    return order
 
 
-@njit(cache=True, nogil=True)
-def _grown_int(array: Array, room: int) -> Array:
-    larger = np.empty((room, 3), np.int64)
-    larger[: array.shape[0]] = array
-    return larger
-
-
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def within_length(distance: Array, length: float, tolerance: float) -> tuple[Array, bool]:
     """Return the points whose distance is a length's, within a relative tolerance, and if one was close."""
     close = False
@@ -251,11 +271,11 @@ def within_length(distance: Array, length: float, tolerance: float) -> tuple[Arr
     return found[:count], close
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel
 def angle_matches(
     cart: Array, distance: Array, first: Array, second: Array, angle: float, tolerance: float
 ) -> tuple[Array, bool]:
-    """Return (F, S) whether two points enclose an angle, within a tolerance in degrees, and if one was close."""
+    """Return (F, S) whether two points enclose an angle, within degrees, and if one was close."""
     out = np.empty((first.shape[0], second.shape[0]), np.bool_)
     low, high = max(0.0, angle - tolerance), min(180.0, angle + tolerance)
     # cosines fall: with a margin they decide, near the bounds the angle does

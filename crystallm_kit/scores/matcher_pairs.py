@@ -12,7 +12,7 @@ Not here: matching (structure_matcher.py), measuring (matcher_speed.py).
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,12 +27,13 @@ _MOVES_ANGSTROM = (0.0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5)  # standard deviation of
 _STRAINS = (0.0, 0.0, 0.01, 0.04, 0.1, 0.2)
 _KINDS = ("perturbed", "substituted", "generated", "formula")
 _SHARES = (0.4, 0.2, 0.15, 0.25)
+_Prototype = tuple[float, ...]  # amounts in the cell, sorted
 _MOST_SITES = 60  # a cell made larger stays below; the peer takes minutes above some hundred
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A prediction, the truth, and how they were found ("perturbed", "substituted", "generated", "formula")."""
+    """A prediction, the truth, and which of the kinds above they are."""
 
     kind: str
     candidate: Structure
@@ -108,11 +109,11 @@ def real_pairs(pool: Pool, count: int, *, seed: int = 0) -> Iterator[Pair]:
 
 
 def perturbed(structure: Structure, rng: np.random.Generator) -> Structure:
-    """Return the crystal with moved atoms, a strained and perhaps other or larger cell, and another origin."""
+    """Return the crystal with moved atoms, a strained, perhaps other or larger cell, and another origin."""
+    if rng.random() < 0.3:
+        structure = _in_another_cell(structure, rng)
     lattice, fractional = structure.lattice.matrix, structure.frac_coords
     species = [site.specie for site in structure]
-    if rng.random() < 0.3:
-        lattice, fractional, species = _in_another_cell(lattice, fractional, species, rng)
     strain = float(rng.choice(_STRAINS)) * rng.uniform(-0.5, 0.5, (3, 3))
     move = float(rng.choice(_MOVES_ANGSTROM)) * rng.normal(size=fractional.shape) @ np.linalg.inv(lattice)
     origin = rng.random(3) if rng.random() < 0.7 else np.zeros(3)
@@ -122,20 +123,21 @@ def perturbed(structure: Structure, rng: np.random.Generator) -> Structure:
     return Structure(cell, [species[i] for i in order], moved)
 
 
-def _in_another_cell(lattice, fractional, species, rng):  # type: ignore[no-untyped-def]
+def _in_another_cell(structure: Structure, rng: np.random.Generator) -> Structure:
     """Return the crystal in a cell of other lattice vectors, up to four times as large."""
     while True:
         matrix = rng.integers(-1, 2, (3, 3))
         size = round(abs(np.linalg.det(matrix)))
-        if size >= 1 and (size == 1 or size * len(species) <= _MOST_SITES):
-            break
-    larger = Structure(Lattice(lattice), species, fractional)
-    larger.make_supercell(matrix, to_unit_cell=True)
-    return larger.lattice.matrix, larger.frac_coords, [site.specie for site in larger]
+        if size >= 1 and (size == 1 or size * len(structure) <= _MOST_SITES):
+            larger = structure.copy()
+            larger.make_supercell(matrix, to_unit_cell=True)
+            return larger
 
 
-def _substituted(target, by_prototype, rng):  # type: ignore[no-untyped-def]
-    """Return another crystal of the same anonymous cell formula with the target's elements; None without one."""
+def _substituted(
+    target: Structure, by_prototype: Mapping[_Prototype, Sequence[Structure]], rng: np.random.Generator
+) -> Structure | None:
+    """Return another crystal of the same anonymous cell formula with the target's elements, if any."""
     others = [s for s in by_prototype.get(_prototype(target), ()) if s is not target]
     if not others:
         return None
@@ -145,7 +147,7 @@ def _substituted(target, by_prototype, rng):  # type: ignore[no-untyped-def]
     return Structure(other.lattice, [mapping[site.specie] for site in other], other.frac_coords)
 
 
-def _prototype(structure: Structure) -> tuple[float, ...]:
+def _prototype(structure: Structure) -> _Prototype:
     return tuple(sorted(structure.composition.values()))
 
 

@@ -79,7 +79,8 @@ def reduced(structure: Structure) -> Reduced:
         UserError: If it has no cell: a number that is none, no volume, or a needle (edges a thousand times
             as long as others), for which there is no end of lattice points to look at.
     """
-    from crystallm_kit.scores.matcher_reduction import DONE, NO_CELL, reduce_cell
+    from crystallm_kit.scores.matcher_compiled import reduce_cell
+    from crystallm_kit.scores.matcher_niggli import DONE, NO_CELL
 
     try:
         numbers = np.array([site.specie.Z for site in structure], dtype=np.int16)
@@ -97,8 +98,8 @@ def reduced(structure: Structure) -> Reduced:
         return Reduced(_formula(numbers), found, cell, sites)
     if status == NO_CELL:
         raise UserError(
-            f"{_formula(numbers)}: lattice vectors {lattice.round(4).tolist()} span no cell that can be reduced "
-            "(flat, or a needle); leave it out"
+            f"{_formula(numbers)}: lattice vectors {lattice.round(4).tolist()} span no cell that can be "
+            "reduced (flat, or a needle); leave it out"
         )
     return _reduced_by_pymatgen(structure, _formula(numbers))
 
@@ -152,12 +153,18 @@ def rms_distances(
 
 def _compare(first: Reduced, second: Reduced, tolerances: Tolerances, is_rms: bool) -> float | None:
     """Return the distance, -1.0 where they do not match, None where rounding decides."""
-    from crystallm_kit.scores.matcher_kernel import NO_MATCH, UNCERTAIN, match
+    from crystallm_kit.scores.matcher_compiled import match
+    from crystallm_kit.scores.matcher_kernel import NO_MATCH, UNCERTAIN
 
     if len(first.numbers) != len(second.numbers):
         return -1.0
     status, value = match(
-        *_arrays(first), *_arrays(second), tolerances.length, tolerances.site, tolerances.angle_degrees, is_rms
+        *_arrays(first),
+        *_arrays(second),
+        tolerances.length,
+        tolerances.site,
+        tolerances.angle_degrees,
+        is_rms,
     )
     if status == UNCERTAIN:
         return None
@@ -165,7 +172,7 @@ def _compare(first: Reduced, second: Reduced, tolerances: Tolerances, is_rms: bo
 
 
 def _arrays(form: Reduced) -> Iterator[NDArray[Any]]:
-    """Yield the arrays as the compiled code knows them: writable (those of a mapped file are not), in order."""
+    """Yield the arrays as the compiled code knows them: writable (those of mapped files are not)."""
     for array in (form.numbers, form.lattice, form.fractional):
         flags = array.flags
         yield array if flags.writeable and flags.c_contiguous else array.copy()
