@@ -18,6 +18,7 @@ Not here: the limits (thresholds.py), LeMat's rule (lemat.py, lemat_charge.py), 
 (validity.py), what the protocols are (protocols.py), other numbers over a set (statistics.py).
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -111,6 +112,15 @@ def structure_checks(
         Names of CHECKS; with bonds also BOND_SCORES, absent where the peer raises; "lemat.spacegroup_number"
         (spglib's at 0.01 angstrom, for statistics.py), absent where there is none.
     """
+    with warnings.catch_warnings():
+        # pymatgen's, once for each of He, Ne, Ar and the like
+        warnings.filterwarnings("ignore", message="No Pauling electronegativity", category=UserWarning)
+        return _checked(structure, cif_text, with_bonds, is_fingerprintable)
+
+
+def _checked(
+    structure: Structure | None, cif_text: str | None, with_bonds: bool, is_fingerprintable: bool | None
+) -> dict[str, bool | float]:
     case = _Case(structure, None if cif_text is None else CifStatements(cif_text))
     row: dict[str, bool | float] = {**case.of_structure(), **case.of_composition(), **case.of_lemat()}
     row["crystallm.sensible"] = case.is_sensible
