@@ -79,9 +79,6 @@ def reduced(structure: Structure) -> Reduced:
         UserError: If it has no cell: a number that is none, no volume, or a needle (edges a thousand times
             as long as others), for which there is no end of lattice points to look at.
     """
-    from crystallm_kit.scores.matcher_compiled import reduce_cell
-    from crystallm_kit.scores.matcher_niggli import DONE, NO_CELL
-
     try:
         numbers = np.array([site.specie.Z for site in structure], dtype=np.int16)
     except AttributeError as error:
@@ -91,6 +88,25 @@ def reduced(structure: Structure) -> Reduced:
         ) from error
     lattice = np.array(structure.lattice.matrix)
     fractional = np.array([site.frac_coords for site in structure])
+    return reduced_cell(numbers, lattice, fractional)
+
+
+def reduced_cell(
+    numbers: NDArray[np.int16], lattice: NDArray[np.float64], fractional: NDArray[np.float64]
+) -> Reduced:
+    """Return the reduced form of a structure given as arrays (a Structure costs more than its reduction).
+
+    Args:
+        numbers: (N,) atomic numbers.
+        lattice: (3, 3) rows are lattice vectors, angstrom.
+        fractional: (N, 3).
+
+    Raises:
+        UserError: As `reduced` does.
+    """
+    from crystallm_kit.scores.matcher_compiled import reduce_cell
+    from crystallm_kit.scores.matcher_niggli import DONE, NO_CELL
+
     if not (np.isfinite(lattice).all() and np.isfinite(fractional).all()):
         raise UserError(f"{_formula(numbers)}: the cell or a coordinate is no finite number; leave it out")
     status, found, cell, sites = reduce_cell(numbers, _ranks(), lattice, fractional)
@@ -101,7 +117,7 @@ def reduced(structure: Structure) -> Reduced:
             f"{_formula(numbers)}: lattice vectors {lattice.round(4).tolist()} span no cell that can be "
             "reduced (flat, or a needle); leave it out"
         )
-    return _reduced_by_pymatgen(structure, _formula(numbers))
+    return _reduced_by_pymatgen(Structure(Lattice(lattice), numbers.tolist(), fractional), _formula(numbers))
 
 
 def reduce_many(structures: Iterable[Structure | None], *, processes: int = 1) -> list[Reduced | None]:
@@ -142,6 +158,11 @@ def rms_distance(first: Reduced, second: Reduced, tolerances: Tolerances) -> flo
     pair = matcher._preprocess(_structure(first), _structure(second), skip_structure_reduction=True)
     match = matcher._match(*pair, use_rms=True, break_on_match=False)
     return None if match is None else float(match[0])
+
+
+def is_undecided(first: Reduced, second: Reduced, tolerances: Tolerances) -> bool:
+    """Tell whether rounding would decide on the RMS distance, so that `rms_distance` asks pymatgen."""
+    return first.formula == second.formula and _compare(first, second, tolerances, True) is None
 
 
 def rms_distances(
