@@ -21,15 +21,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pymatgen.core import Lattice, Structure
+from pymatgen.core import Structure
 
-from crystallm_kit.scores.structure_matcher import Reduced, reduced
+from crystallm_kit.errors import UserError
+from crystallm_kit.scores.structure_matcher import Reduced, reduced_cell
 
 Plain = tuple[Any, Any, Any] | None  # (3, 3) lattice in angstrom, (N,) atomic numbers, (N, 3) fractional
 _PER_TASK = 64
 _WAITING_PER_PROCESS = 4
 # What a cell without volume or with wild lengths makes the reduction raise.
-_NO_CELL = (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
+_NO_CELL = (UserError, ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError, ValueError)
 # Below, pymatgen's reduction may not end; the smallest cell that any protocol calls valid has 0.1 angstrom^3.
 SMALLEST_VOLUME_ANGSTROM3, FLATTEST = 1e-3, 1e-6
 T = TypeVar("T")
@@ -70,7 +71,7 @@ def form_of(plain: Plain) -> Reduced | None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return reduced(Structure(Lattice(matrix), numbers.tolist(), fractional))
+            return reduced_cell(numbers, np.array(matrix), np.array(fractional))
         except _NO_CELL:
             return None
 
