@@ -298,6 +298,21 @@ def _add_scoring_verbs(verbs: Any) -> None:
         help="kit, cdvae, diffcsp, ... (default: all that can be)",
     )  # fmt: skip
     what.add_argument("--limit", type=int, metavar="N", help="look at the first N entries of each set")
+    what.add_argument(
+        "--fingerprints", action="store_true", help="for coverage and cdvae.valid; about 0.05 s a crystal"
+    )
+    what.add_argument(
+        "--cutoffs", default="mp_20", metavar="SET", help="of coverage: mp_20 (default), perov_5, carbon_24"
+    )
+    what.add_argument("--relax", action="store_true", help="stability and S.U.N., with --hull")
+    what.add_argument("--hull", type=Path, metavar="FILE", help="formation energies that the hull is made of")
+    what.add_argument(
+        "--potential", default="chgnet", metavar="P", help="that relaxes: chgnet (default), or module:factory"
+    )
+    what.add_argument(
+        "--element-references", type=Path, metavar="JSON",
+        help="its elements' energies, as scoring.potential_check writes them (default: those shipped)",
+    )  # fmt: skip
     how = score.add_argument_group("how and where")
     how.add_argument(
         "--out", type=Path, default=Path("scores"), metavar="DIR",

@@ -212,7 +212,11 @@ def score(options: argparse.Namespace) -> int:
     request = Request(
         tuple(sets), options.out, tuple(map(Path, options.reference)),
         (Path(options.targets),) if options.targets else (), options.pairing,
-        tuple(options.protocol) if options.protocol else None, options.workers, options.ray, options.fresh,
+        tuple(options.protocol) if options.protocol else None,
+        **{name: getattr(options, name) for name in (
+            "fingerprints", "relax", "hull", "potential", "element_references", "cutoffs", "workers", "ray",
+            "fresh",
+        )},
     )  # fmt: skip
     report = run(request, progress=True, command=shlex.join(["crystallm-kit", *sys.argv[1:]])).report
     if options.json:

@@ -1,59 +1,76 @@
-"""The stage `checks`: every protocol's verdict of one structure, and what is measured on it.
+"""The stages `checks` and `bonds`: every protocol's verdict of one structure, and what is measured on it.
 
-Not here: the checks themselves (scores/).
+Not here: the checks themselves (scores/checks.py, validity.py, asked.py).
 """
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
+from pymatgen.core import Structure
+
 from crystallm_kit.records import Conditions, Crystal
-from crystallm_kit.scores.charge import is_charge_balanced
+from crystallm_kit.scores.asked import asked_checks
+from crystallm_kit.scores.checks import structure_checks
 from crystallm_kit.scores.funnel import stage_of
+from crystallm_kit.scores.lemat import lemat_spacegroup_number
+from crystallm_kit.scores.measures import MeasuredCrystal, measure
 from crystallm_kit.scores.validity import validate_and_measure
-from crystallm_kit.scoring.stages import Item
+from crystallm_kit.scoring.stages import STAGES, Item
 from crystallm_kit.structures.symmetry import crystal_system
 from crystallm_kit.structures.writing import text_of
 from crystallm_kit.text.conditions import conditions_from_dict
 
-_AFTER_GEOMETRY = (None, "charge", "bonds")  # reasons of the checks that come after cell, distances, density
-
 
 def check(item: Item, settings: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns of the stage."""
-    del settings, where
-    structure = item.structure
-    assert structure is not None  # noqa: S101 - the stages see no others
-    text = item.row["conditions"]
+    """Return the columns of `checks`; with the setting `only` "measures", those that are no verdict."""
+    del where
+    structure, text = item.structure, item.row["conditions"]
+    if structure is None:
+        return {}
+    if settings.get("only") == "measures":
+        return _measured(structure, measure(structure)) | _lemat_spacegroup(structure)
     conditions = conditions_from_dict(json.loads(text)) if text else Conditions()
     verdict, measures = validate_and_measure(
         structure, conditions=conditions, stated_spacegroup=item.row["stated_spacegroup"]
     )
-    counts = {e.symbol: round(n) for e, n in structure.composition.items()}
     columns: dict[str, Any] = {
-        "formula": structure.composition.reduced_formula,
-        "cell_formula": structure.composition.formula,
-        "n_sites": len(structure),
-        "n_elements": len(counts),
-        "elements": sorted(counts),
-        **measures,
+        **_measured(structure, measures),
         "reason": verdict.reason,
         "detail": verdict.detail or None,
         "stage": None if verdict.reason is None else stage_of(verdict.reason, verdict),
         "kit.valid": verdict.valid,
-        "as_asked": verdict.reason not in ("formula_mismatch", "spacegroup_mismatch") if text else None,
+        **structure_checks(structure, cif_text=item.row["cif_text"]),
         "cif": text_of(Crystal("", structure), "cif"),
     }
-    if "spacegroup_number" in measures:
-        columns["crystal_system"] = crystal_system(int(measures["spacegroup_number"]))
-    for name, protocol in (
-        ("cdvae.structure_valid", "cdvae"),
-        ("diffcsp.structure_valid", "diffcsp"),
-        ("crystallm_pi.structure_valid_xrd", "crystallm_pi_xrd"),
-        ("crystallm.sensible", "crystallm_csp"),
-    ):
-        found, _ = validate_and_measure(structure, protocol=protocol, measure_symmetry=False)
-        columns[name] = found.reason in _AFTER_GEOMETRY
-    columns["cdvae.comp_valid"] = is_charge_balanced(counts)
-    columns["diffcsp.comp_valid"] = is_charge_balanced(counts, max_combinations=1e7)
+    if text:
+        numbers = {name: float(x) for name, x in measures.items() if not isinstance(x, str)}
+        columns["asked"] = json.dumps(asked_checks(structure, conditions, properties=numbers))
     return columns
+
+
+def _measured(structure: Structure, measures: Mapping[str, Any]) -> dict[str, Any]:
+    symbols = sorted({element.symbol for element in structure.composition})
+    number = measures.get("spacegroup_number")
+    return {
+        "formula": structure.composition.reduced_formula,
+        "cell_formula": structure.composition.formula,
+        "n_sites": len(structure),
+        "n_elements": len(symbols),
+        "elements": symbols,
+        "cell_lengths_angstrom": list(structure.lattice.abc),
+        "crystal_system": None if number is None else crystal_system(int(number)),
+        **measures,
+    }
+
+
+def _lemat_spacegroup(structure: Structure) -> dict[str, Any]:
+    found = MeasuredCrystal(structure)
+    return {"lemat.spacegroup_number": None if found.cell_fault else lemat_spacegroup_number(found)}
+
+
+def check_bonds(item: Item, settings: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of `bonds`."""
+    del settings, where
+    found = structure_checks(item.structure, cif_text=item.row["cif_text"], with_bonds=True)
+    return {name: found[name] for name in STAGES["bonds"].schema.names if name in found}

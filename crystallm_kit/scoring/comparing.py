@@ -1,8 +1,9 @@
-"""The stage `matches`: how far a candidate is from its target.
+"""The stage `matches`: how far a candidate is from its target, and from all others of its formula.
 
 Not here: which target that is (pairing.py), the distance (scores/structure_matcher.py).
 """
 
+import json
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -20,15 +21,23 @@ def compare(item: Item, settings: Mapping[str, Any], where: Mapping[str, Any]) -
     """Return the columns of the stage."""
     del settings
     form = form_of(item.earlier["forms"])
-    truth = _targets(where["targets"])[int(_pairs(where["pairs"])[item.row["index"]])]
-    if form is None or truth is None:
+    if form is None:
         return {}
-    return {"rms_distance.csp": rms_distance(form, truth, TOLERANCES["csp"])}
+    own = int(_pairs(where["pairs"])[item.row["index"]])
+    same = _targets(where["targets"]).get(form.formula, [])
+    found = [(i, rms_distance(form, truth, TOLERANCES["csp"])) for i, truth in same]
+    return {"rms_distance.csp": dict(found).get(own), "distances": json.dumps(found) if found else None}
 
 
 @lru_cache(maxsize=2)
-def _targets(folder: str) -> list[Reduced | None]:
-    return [form for part in forms_of(Path(folder)) for form in part]
+def _targets(folder: str) -> dict[str, list[tuple[int, Reduced]]]:
+    """Return reduced formula -> targets of it, by position."""
+    found: dict[str, list[tuple[int, Reduced]]] = {}
+    forms = (form for part in forms_of(Path(folder)) for form in part)
+    for i, form in enumerate(forms):
+        if form is not None:
+            found.setdefault(form.formula, []).append((i, form))
+    return found
 
 
 @lru_cache(maxsize=2)

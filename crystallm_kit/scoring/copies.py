@@ -10,15 +10,18 @@ Not here: when two structures are copies (scores/novelty.py).
 """
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
-from crystallm_kit.scores.novelty import Bucket, first_copies, later_copies
+from crystallm_kit.errors import UserError
+from crystallm_kit.scores.novelty import Bucket, duplicate_pairs, first_copies, later_copies
 from crystallm_kit.scores.structure_matcher import TOLERANCES, Reduced
 from crystallm_kit.scoring.pool import Marks, TooLong
 from crystallm_kit.scoring.rows import STRUCTURE_COLUMNS, form_of, part_path, parts_of, read_part, write_part
@@ -38,12 +41,14 @@ class Rule:
         tolerances: Name in TOLERANCES.
         bucket: Within which formulas samples are compared.
         later: A copy is one that a later sample equals, as LeMat counts; else one that equals a kept earlier.
+        pairs: Ordered pairs of samples that match are counted instead, as matbench-genmetrics does.
     """
 
     gate: str
     tolerances: str = "default"
     bucket: Bucket = "reduced_formula"
     later: bool = False
+    pairs: bool = False
 
 
 RULES = {
@@ -51,19 +56,53 @@ RULES = {
     "default": Rule(""),
     "crystallm": Rule("crystallm.valid", bucket="cell_formula"),
     "lemat": Rule("lemat.valid", "lemat", later=True),
+    "genmetrics": Rule("", "csp", pairs=True),
 }
 COPIES = pa.schema(
-    [("position", pa.int64()), ("rule", pa.string()), ("of", pa.int64()), ("trouble", pa.string())]
+    [
+        ("position", pa.int64()),
+        ("rule", pa.string()),
+        ("of", pa.int64()),
+        ("pairs", pa.int64()),
+        ("trouble", pa.string()),
+    ]
 )
 
 
-def fill_buckets(forms: Path, checks: Path, folder: Path, gates: Sequence[str], n: int) -> int:
+@dataclass(frozen=True)
+class Copies:
+    """Who is whose copy.
+
+    Attributes:
+        of: Rule -> (N,) int64, the position of the sample that each is a copy of; -1: of none; -2: it was
+            not found out in time.
+        pairs: Rule -> ordered pairs that match.
+    """
+
+    of: Mapping[str, NDArray[np.int64]]
+    pairs: Mapping[str, int] = field(default_factory=dict)
+
+
+def collect(folder: Path, rules: Sequence[str], n: int) -> Copies:
+    """Return what was found in the buckets of a set of n samples."""
+    of = {name: np.full(n, -1, dtype=np.int64) for name in rules if not RULES[name].pairs}
+    pairs = {name: 0 for name in rules if RULES[name].pairs}
+    for path in parts_of(folder):
+        for row in read_part(path):
+            if row["rule"] in pairs:
+                pairs[row["rule"]] += row["pairs"] or 0
+            else:
+                of[row["rule"]][row["position"]] = -2 if row["of"] is None else row["of"]
+    return Copies(of, pairs)
+
+
+def fill_buckets(forms: Path, checks: Path, folder: Path, gates: Mapping[str, Path], n: int) -> int:
     """Write the buckets of a set, and return how many there are.
 
     Args:
         forms, checks: Folders of the stages' parts.
         folder: For the buckets.
-        gates: Columns of the checks that rules ask for.
+        gates: Columns that rules ask for, and the folders of their stages.
         n: Samples.
     """
     n_buckets = min(_MOST_BUCKETS, max(1, n // _PER_BUCKET))
@@ -76,9 +115,12 @@ def fill_buckets(forms: Path, checks: Path, folder: Path, gates: Sequence[str], 
     writers = [pq.ParquetWriter(part_path(folder, b), schema, compression="zstd") for b in range(n_buckets)]
     held: list[list[dict[str, Any]]] = [[] for _ in writers]
     position = n_held = 0
-    for form_part, check_part in zip(parts_of(forms), parts_of(checks), strict=True):
+    for number, form_part in enumerate(parts_of(forms)):
         form_rows = read_part(form_part, ["reduced_formula", *names])
-        check_rows = read_part(check_part, ["cell_formula", *gates])
+        check_rows = read_part(part_path(checks, number), ["cell_formula"])
+        for gate, home in gates.items():
+            for check, row in zip(check_rows, read_part(part_path(home, number), [gate]), strict=True):
+                check.update(row)
         for form, check in zip(form_rows, check_rows, strict=True):
             if form["numbers"] is not None:
                 bucket = zlib.crc32(form["reduced_formula"].encode()) % n_buckets
@@ -125,6 +167,8 @@ def find_copies(task: dict[str, Any], marks: Marks) -> dict[str, Any]:
                 continue
             except TooLong:
                 why = f"timeout: more than {most:g} s"
+            except (ArithmeticError, LookupError, RuntimeError, UserError, ValueError) as error:
+                why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         found += [
             {"position": row["position"], "rule": name, "trouble": why}
             for name in task["rules"]
@@ -137,6 +181,8 @@ def find_copies(task: dict[str, Any], marks: Marks) -> dict[str, Any]:
 def _copies(name: str, rule: Rule, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     forms: list[Reduced | None] = [form_of(r) if not rule.gate or r[rule.gate] else None for r in rows]
     tolerances = TOLERANCES[rule.tolerances]
+    if rule.pairs:
+        return [{"position": rows[0]["position"], "rule": name, "pairs": duplicate_pairs(forms, tolerances)}]
     if rule.later:
         of = later_copies(forms, tolerances)
     else:

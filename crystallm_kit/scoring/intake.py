@@ -7,7 +7,7 @@ Not here: what a set is (sample_sets.py), the columns' schema (stages.py).
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from crystallm_kit.scoring.stages import READ
 
 PART = 250  # samples: what a kill may cost of each worker
 _WHOLE = "whole.json"
+Samples = Callable[[int], Iterator[Incoming]]
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,13 @@ class Part:
     n: int
 
 
-def take_in(sample_set: SampleSet, folder: Path) -> Iterator[Part]:
+def take_in(sample_set: SampleSet, folder: Path, *, samples: Samples | None = None) -> Iterator[Part]:
     """Yield the parts of a set as they are there: those of an earlier run at once.
+
+    Args:
+        sample_set: The set.
+        folder: Of its parts.
+        samples: Where its samples come from, from the one with a number on; None: from its sources.
 
     Raises:
         EmptyInput: If it holds nothing.
@@ -50,8 +56,8 @@ def take_in(sample_set: SampleSet, folder: Path) -> Iterator[Part]:
         part_path(folder, there.pop().number).unlink()
     yield from there
     n = PART * len(there)
-    samples = _all_requested(sample_set, n)
-    while rows := [_columns(n + i, one) for i, one in enumerate(islice(samples, PART))]:
+    coming = samples(n) if samples is not None else _all_requested(sample_set, n)
+    while rows := [_columns(n + i, one) for i, one in enumerate(islice(coming, PART))]:
         part = Part(n // PART, len(rows))
         write_part(part_path(folder, part.number), rows, READ)
         n += len(rows)
@@ -92,6 +98,7 @@ def _columns(index: int, sample: Incoming) -> dict[str, Any]:
         "detail": sample.detail or None,
         "conditions": sample.conditions or None,
         "stated_spacegroup": sample.stated_spacegroup,
+        "cif_text": sample.cif_text or None,
         "properties": json.dumps(sample.properties, default=str) if sample.properties else None,
         **columns,
     }

@@ -16,7 +16,6 @@ from crystallm_kit.scores.structure_matcher import TOLERANCES
 from crystallm_kit.scoring.rows import STRUCTURE_COLUMNS, form_of, parts_of, read_part
 from crystallm_kit.scoring.stages import Item
 
-TOLERANCE_NAMES = ("default", "lemat", "csp")
 _PER_ADDITION = 100  # parts
 
 
@@ -33,9 +32,10 @@ def know(item: Item, settings: Mapping[str, Any], where: Mapping[str, Any]) -> d
     }
     if columns["known_formula"]:
         n_sites = len(item.row["numbers"])
-        for name in TOLERANCE_NAMES:
+        for name in ("default", "lemat"):
             columns[f"known_as.{name}"] = index.find(form, TOLERANCES[name])
         columns["known_as.cell_formula"] = index.find(form, TOLERANCES["default"], cell_sites=n_sites)
+        columns["known_as.genmetrics"] = index.find(form, TOLERANCES["csp"], form_is_second=True)
     return columns
 
 

@@ -10,14 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from crystallm_kit.scoring.pairing import Pairs
 from crystallm_kit.scoring.rows import part_path, parts_of
 from crystallm_kit.scoring.stages import STAGES
 from crystallm_kit.scoring.view import View
 
+Copied = Mapping[str, NDArray[np.int64]]
 _FIRST = (
     "id", "index", "set", "formula", "n_sites", "n_elements", "spacegroup_number", "crystal_system",
     "density_g_cm3", "volume_per_atom_angstrom3", "nearest_distance_angstrom", "reason", "detail",
@@ -26,12 +29,18 @@ _LAST = ("trouble", "properties", "cif")
 # What only other stages read, or is said in one column for all.
 _LEFT_OUT = {
     "numbers", "lattice", "fractional", "reduced_formula", "reason", "detail", "trouble", "stage", "id",
-    "index", "properties",
+    "index", "properties", "cell_lengths_angstrom", "distances", "structure_fingerprint",
+    "composition_fingerprint",
 }  # fmt: skip
 
 
 def write_rows(
-    view: View, path: Path, *, copies: Mapping[str, Any], pairs: Pairs | None, targets: View | None
+    view: View,
+    path: Path,
+    *,
+    copies: Mapping[str, NDArray[np.int64]],
+    pairs: Pairs | None,
+    targets: View | None,
 ) -> int:
     """Write the rows of a set, a part in memory at a time, and return how many."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +61,11 @@ def write_rows(
 
 
 def _tables(
-    view: View, copies: Mapping[str, Any], pairs: Pairs | None, ids: Sequence[Any], target_ids: Sequence[Any]
+    view: View,
+    copies: Mapping[str, NDArray[np.int64]],
+    pairs: Pairs | None,
+    ids: Sequence[Any],
+    target_ids: Sequence[Any],
 ) -> Iterator[pa.Table]:
     start = 0
     for number in range(len(parts_of(view.folders["read"]))):

@@ -15,7 +15,8 @@ from typing import Any
 
 from crystallm_kit.scores.score import Score
 from crystallm_kit.scoring.exhibits import distributions, edges_of, funnel, gallery, parities
-from crystallm_kit.scoring.summary import PROTOCOLS, Scene
+from crystallm_kit.scoring.scene import Scene
+from crystallm_kit.scoring.summary import PROTOCOLS
 
 REPORT = "report.json"
 _LIBRARIES = (

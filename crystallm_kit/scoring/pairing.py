@@ -9,12 +9,15 @@ Candidates keep the order of the samples. What does not pair is an error that na
 Not here: comparing (scores/matching.py, the stage `matches`).
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
+from pymatgen.core import Composition
 
 from crystallm_kit.errors import UserError
 
@@ -35,6 +38,15 @@ class Pairs:
     way: str
     target: NDArray[np.int64]
     candidate: NDArray[np.int64]
+
+
+@lru_cache(maxsize=10_000)
+def asked_formula(conditions: str | None) -> str | None:
+    """Return the reduced formula that a sample's conditions (JSON) ask for; None: none."""
+    if not conditions:
+        return None
+    formula = json.loads(conditions).get("formula")
+    return Composition(formula).reduced_formula if formula else None
 
 
 def pair(

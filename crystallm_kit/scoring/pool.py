@@ -6,9 +6,9 @@
 
 A task is JSON: the name of a function, and its arguments. Contract: every task ends. The function wraps the
 work on each item in `marks.item(...)`, which sets two clocks of the kernel: the first, of time, raises
-TooLong inside the worker, which costs nothing but the item; the second, of computing, ends the worker where the code
-does not come back to Python. The task is then given to a new one, with the items that killed it in `skip`, so
-that the function can write down why they have no result. POSIX only: Windows has no such clocks.
+TooLong inside the worker, which costs nothing but the item; the second, of computing, ends the worker where
+the code does not come back to Python. The task is then given to a new one, with the items that killed it in
+`skip`, so that the function can write down why they have no result. POSIX only: Windows has no such clocks.
 
 Not here: what is done with a part (stages.py). The pattern is that of structures/cif_pool.py.
 """
@@ -20,14 +20,14 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol
 
-from crystallm_kit.errors import MissingExtra, UserError
+from crystallm_kit.errors import CrystallmKitError, MissingExtra, UserError
 
 Task = dict[str, Any]
 _GRACE_SECONDS = 2.0  # of computing, from the clock that raises to the one that kills
@@ -104,6 +104,7 @@ class Worker:
 
         Raises:
             UserError: If it failed otherwise than by one structure, with what the worker said.
+            CrystallmKitError: If the program is at fault, with the traceback.
         """
         skip: dict[str, str] = dict(task.get("skip", {}))
         for _ in range(_MOST_DEATHS):
@@ -111,6 +112,8 @@ class Worker:
             if answer is not None:
                 if "failed" in answer:
                     raise UserError(answer["failed"])
+                if "fault" in answer:
+                    raise CrystallmKitError(f"a worker failed, a fault of this program:\n{answer['fault']}")
                 return answer["result"]
             if self._closed:
                 raise UserError("the pool was closed")
@@ -219,15 +222,14 @@ def serve() -> None:
     for line in sys.stdin:
         task = json.loads(line)
         module, _, name = task.pop("job").partition(":")
-        began = time.perf_counter()
         try:
             answer = {"result": getattr(importlib.import_module(module), name)(task, Marks(tell))}
-        except (UserError, MissingExtra, OSError, MemoryError) as error:
-            answer = {
-                "failed": f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error)
-            }
-        if isinstance(answer.get("result"), dict):
-            answer["result"]["wall_seconds"] = time.perf_counter() - began
+        except (UserError, MissingExtra) as error:
+            answer = {"failed": str(error)}
+        except (OSError, MemoryError) as error:  # a full disk, too little memory
+            answer = {"failed": f"{type(error).__name__}: {error}"}
+        except Exception:  # noqa: BLE001 - raised again where the task came from
+            answer = {"fault": traceback.format_exc()}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

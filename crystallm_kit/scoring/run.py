@@ -10,7 +10,6 @@ killed goes on from it with the same result.
 Not here: each step (intake.py, stages.py, copies.py, summary.py), the page (report.py).
 """
 
-import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,22 +20,29 @@ from typing import Any
 
 import numpy as np
 
-from crystallm_kit.errors import EmptyInput, UserError
+from crystallm_kit.errors import EmptyInput, UnknownName, UserError
+from crystallm_kit.scores.coverage import CUTOFFS
+from crystallm_kit.scores.hull_sources import read_hull
+from crystallm_kit.scores.reduced_forms import usable_cores
 from crystallm_kit.scores.score import Score
-from crystallm_kit.scoring.copies import RULES, fill_buckets
+from crystallm_kit.scores.stability import judge_of
+from crystallm_kit.scoring.copies import RULES, Copies, collect, fill_buckets
 from crystallm_kit.scoring.folder import open_folder
-from crystallm_kit.scoring.intake import take_in
+from crystallm_kit.scoring.intake import Samples, take_in
+from crystallm_kit.scoring.judging import references_of, relax_all, relaxed_samples
 from crystallm_kit.scoring.knowing import build_index
 from crystallm_kit.scoring.merging import write_rows
 from crystallm_kit.scoring.outcome import REPORT, report_of, write_report_json
-from crystallm_kit.scoring.pairing import WAYS, Pairs, pair
+from crystallm_kit.scoring.pairing import WAYS, Pairs, asked_formula, pair
 from crystallm_kit.scoring.pool import Pool, ray_pool
-from crystallm_kit.scoring.rows import part_path, parts_of, read_part
+from crystallm_kit.scoring.rows import part_path
 from crystallm_kit.scoring.sample_sets import SampleSet, content_hash, named_sets
+from crystallm_kit.scoring.scene import Relaxation, Scene
 from crystallm_kit.scoring.stages import STAGES, Asked
-from crystallm_kit.scoring.summary import Scene, check_protocols, scores
+from crystallm_kit.scoring.summary import check_protocols, scores
 from crystallm_kit.scoring.telling import Telling
 from crystallm_kit.scoring.view import View
+from crystallm_kit.structures.sources import check_path
 
 _READ = "crystallm_kit.scoring.stages:run_part"
 _COPIES = "crystallm_kit.scoring.copies:find_copies"
@@ -53,6 +59,12 @@ class Request:
         reference: Files of the set that tells what is new, and to which distributions are compared.
         targets: Files with the true structures of a prediction; `pairing` says how samples pair with them.
         protocols: Names; None: all.
+        fingerprints: Whether to make them, for coverage and cdvae.valid; about 0.1 s of a core a crystal.
+        relax: Whether to relax the samples and judge their stability, which needs `hull`.
+        hull: File of energies that the convex hull is made of.
+        potential: That relaxes and judges; a name or "module:factory".
+        element_references: File of its elements' energies; None: those that come with the package.
+        cutoffs: Of coverage: mp_20, perov_5, carbon_24.
         workers: Processes; None: one per usable core.
         ray: Address of a Ray cluster in their place; "": none.
         fresh: Remove what a run left in the folder.
@@ -64,9 +76,31 @@ class Request:
     targets: tuple[Path, ...] = ()
     pairing: str = "auto"
     protocols: tuple[str, ...] | None = None
+    fingerprints: bool = False
+    relax: bool = False
+    hull: Path | None = None
+    potential: str = "chgnet"
+    element_references: Path | None = None
+    cutoffs: str = "mp_20"
     workers: int | None = None
     ray: str = ""
     fresh: bool = False
+
+    def check(self) -> list[str]:
+        """Return the names of the protocols; raise what is wrong with the request before any work is done."""
+        protocols = check_protocols(self.protocols)
+        for name, value, known in (("pairing", self.pairing, WAYS), ("cutoffs", self.cutoffs, CUTOFFS)):
+            if value not in known:
+                raise UnknownName.among(name, value, known)
+        if self.workers is not None and self.workers < 1:
+            raise UserError(f"--workers {self.workers}: 1 or more expected")
+        if self.relax and self.hull is None:
+            raise UserError("--relax: above which hull? Give --hull FILE, with formation energies")
+        if self.hull is not None and not self.relax:
+            raise UserError("--hull: the samples have no energies of their own; give --relax too")
+        for path in (*self.reference, *self.targets):
+            check_path(path)
+        return protocols
 
     def inputs(self) -> dict[str, Any]:
         """Return what the rows depend on, contents by their hash."""
@@ -82,6 +116,10 @@ class Request:
             "targets": content_hash(self.targets) if self.targets else None,
             "pairing": self.pairing if self.targets else None,
         }  # fmt: skip
+
+    def counts_bonds(self) -> bool:
+        """Tell whether a protocol was named that is nothing without bonds, which take long."""
+        return bool({"crystallm", "crystallm_pi"} & set(self.protocols or ()))
 
 
 @dataclass
@@ -161,23 +199,15 @@ class Outcome:
 
 def run(request: Request, *, progress: bool = False, command: str = "") -> Outcome:
     """Do a run, write its files, and return what came of it."""
-    protocols = check_protocols(request.protocols)
-    if request.pairing not in WAYS:
-        raise UserError(f"--pairing {request.pairing}: one of {', '.join(WAYS)} expected")
-    if request.workers is not None and request.workers < 1:
-        raise UserError(f"--workers {request.workers}: 1 or more expected")
+    protocols = request.check()
     inputs = request.inputs()
     work = open_folder(request.out, inputs, fresh=request.fresh)
     with Telling(progress) as telling, _pool(request) as pool:
-        runner = _Runner(request, inputs, work, pool, telling, protocols)
-        return runner.run(command)
+        return _Runner(request, inputs, work, pool, telling, protocols).run(command)
 
 
 def _pool(request: Request) -> Pool:
-    if request.ray:
-        return ray_pool(request.ray)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Pool(request.workers or cores)
+    return ray_pool(request.ray) if request.ray else Pool(request.workers or usable_cores())
 
 
 class _Runner:
@@ -193,80 +223,89 @@ class _Runner:
 
     def run(self, command: str) -> Outcome:
         """Do all steps."""
-        reference = self._reference()
-        targets = self._targets()
+        reference = self._known_set("reference", self.request.reference)
+        if reference is not None:
+            step = self.telling.step("reference: index")
+            step.done(
+                f"{build_index(reference.folders['read'], reference.folders['forms'], self._index):,} in it"
+            )
+        targets = self._known_set("targets", self.request.targets)
         scored = [self._scored(one, reference, targets) for one in self.request.sets]
-        out = self.request.out
         for one in scored:
-            scene, name = one.scene, one.sample_set.name
-            path = out / "rows" / f"{name}.parquet"
-            write_rows(scene.samples, path, copies=scene.copies, pairs=scene.pairs, targets=targets)
+            path = self.request.out / "rows" / f"{one.sample_set.name}.parquet"
+            scene = one.scene
+            write_rows(scene.samples, path, copies=scene.copies.of, pairs=scene.pairs, targets=targets)
         report = report_of(
             [(o.scene, [str(s) for s in o.sample_set.sources], o.scores, o.seconds) for o in scored],
             command=command, settings=self.inputs, protocols=self.protocols, notes=self.notes,
         )  # fmt: skip
-        write_report_json(report, out / REPORT)
+        write_report_json(report, self.request.out / REPORT)
         return Outcome(scored, report)
 
-    def _reference(self) -> View | None:
-        if not self.request.reference:
-            return None
-        one = SampleSet("reference", self.request.reference)
-        view, _ = self._worked_out(one, "reference", [Asked("checks"), Asked("forms")])
-        step = self.telling.step("reference: index")
-        step.done(f"{build_index(view.folders['read'], view.folders['forms'], self._index()):,} entries")
-        self._tell_of_faults(view, "reference")
-        return view
-
+    @property
     def _index(self) -> Path:
         return self.work / ".reference" / "index"
 
-    def _targets(self) -> View | None:
-        if not self.request.targets:
+    def _known_set(self, name: str, files: tuple[Path, ...]) -> View | None:
+        """Return the columns of a set of known crystals. Raises EmptyInput where none of it can be used."""
+        if not files:
             return None
-        one = SampleSet("targets", self.request.targets)
-        view, _ = self._worked_out(one, "targets", [Asked("checks"), Asked("forms")])
-        self._tell_of_faults(view, "targets")
-        return view
-
-    def _tell_of_faults(self, view: View, what: str) -> None:
-        """Say how many entries of a set of known crystals are no use; raise EmptyInput where none is any."""
+        is_reference = name == "reference"  # of which no verdict is asked
+        asked = [Asked("checks", {"only": "measures"} if is_reference else {}), Asked("forms")]
+        if self.request.fingerprints and is_reference:
+            asked.append(Asked("fingerprints"))
+        view, _ = self._worked_out(SampleSet(name, files), self.work / f".{name}", name, asked)
+        # of several files one may be damaged, or a row have no structure: what is left still serves
         bad = [reason for reason in view.texts("read", "reason") if reason is not None]
-        bad += [t for t in view.texts("forms", "trouble") if t is not None]
+        bad += [trouble for trouble in view.texts("forms", "trouble") if trouble is not None]
         if len(bad) == view.n:
-            raise EmptyInput(f"{what}: none of its {view.n:,} entries could be read ({bad[0]})")
+            raise EmptyInput(f"{name}: none of its {view.n:,} entries could be read ({bad[0]})")
         if bad:
             kinds = ", ".join(f"{reason}: {count:,}" for reason, count in Counter(bad).most_common(5))
-            note = f"{what}: {len(bad):,} of {view.n:,} entries are left out ({kinds})"
-            self.notes.append(note)
-            self.telling.say(note)
+            self._note(f"{name}: {len(bad):,} of {view.n:,} entries are left out ({kinds})")
+        return view
+
+    def _note(self, note: str) -> None:
+        self.notes.append(note)
+        self.telling.say(note)
 
     def _scored(self, one: SampleSet, reference: View | None, targets: View | None) -> Scored:
+        home = self.work / one.name
         asked = [Asked("checks"), Asked("forms")]
         if reference is not None:
-            content = {"reference": self.inputs["reference"]}
-            asked.append(Asked("known", content, {"index": str(self._index())}))
-        view, seconds = self._worked_out(one, one.name, asked)
+            asked.append(self._known)
+        if self.request.fingerprints:
+            asked.append(Asked("fingerprints"))
+        if self.request.counts_bonds():
+            asked.append(Asked("bonds"))
+        view, seconds = self._worked_out(one, home, one.name, asked)
         pairs = None
         if targets is not None:
             pairs = self._paired(view, targets)
-            folder = self.work / one.name
-            np.save(folder / "pairs.npy", pairs.target)
-            where = {"pairs": str(folder / "pairs.npy"), "targets": str(targets.folders["forms"])}
+            np.save(home / "pairs.npy", pairs.target)
+            where = {"pairs": str(home / "pairs.npy"), "targets": str(targets.folders["forms"])}
             content = {"targets": self.inputs["targets"], "pairing": pairs.way}
             asked.append(Asked("matches", content, where))
-            view, more = self._worked_out(one, f"{one.name}: targets", asked)
+            view, more = self._worked_out(one, home, f"{one.name}: targets", asked)
             seconds |= more
+        copies = self._copies(view, home, one.name, seconds)
+        relaxation = None
+        if self.request.relax:
+            relaxation, view = self._relaxed(one, view, home, asked, seconds)
+        scene = Scene(view, copies, reference, targets, pairs, relaxation, self.request.cutoffs)
         began = time.perf_counter()
-        copies = self._copies(view)
-        seconds["copies"] = time.perf_counter() - began
-        scene = Scene(view, reference, targets, copies, pairs, dict(self.inputs))
-        return Scored(one, scene, scores(scene, self.protocols), seconds)
+        found = scores(scene, self.protocols)
+        seconds["scores"] = time.perf_counter() - began
+        return Scored(one, scene, found, seconds)
 
-    def _worked_out(self, one: SampleSet, what: str, asked: Sequence[Asked]) -> tuple[View, dict[str, float]]:
+    @property
+    def _known(self) -> Asked:
+        return Asked("known", {"reference": self.inputs["reference"]}, {"index": str(self._index)})
+
+    def _worked_out(
+        self, one: SampleSet, home: Path, what: str, asked: Sequence[Asked], samples: Samples | None = None
+    ) -> tuple[View, dict[str, float]]:
         """Read a set, work out the stages of its parts; return its columns and the workers' seconds."""
-        # a set may be called "reference" too: a point keeps the run's own folders apart
-        home = self.work / (one.name if one in self.request.sets else f".{one.name}")
         read = home / "read"
         folders = {"read": read, **{a.stage: a.folder(home) for a in asked}}
         stages = [[a.stage, str(folders[a.stage]), a.settings, a.where] for a in asked]
@@ -274,7 +313,7 @@ class _Runner:
         seconds: Counter[str] = Counter()
         waiting: list[Future[Any]] = []
         n = 0
-        for part in take_in(one, read):
+        for part in take_in(one, read, samples=samples):
             n += part.n
             step.expect(part.n)
             if all(part_path(folders[a.stage], part.number).exists() for a in asked):
@@ -289,47 +328,79 @@ class _Runner:
         step.done(f"{n:,} entries{new}")
         return View(one.name, folders, n), dict(seconds)
 
-    def _copies(self, view: View) -> dict[str, Any]:
-        """Return rule -> the position that each sample is a copy of, -1 where it is none."""
-        columns = STAGES["checks"].schema.names
-        rules = [name for name, rule in RULES.items() if not rule.gate or rule.gate in columns]
-        gates = sorted({RULES[name].gate for name in rules} - {""})
-        home = Asked("checks").folder(self.work / view.name).parent / f"copies-{'-'.join(rules)}"
-        step = self.telling.step(f"{view.name}: copies")
+    def _copies(self, view: View, home: Path, what: str, seconds: dict[str, float]) -> Copies:
+        """Find who is whose copy, under every rule whose checks were made."""
+        began = time.perf_counter()
+        gates = {
+            rule.gate: view.folders[stage]
+            for rule in RULES.values()
+            for stage in ("checks", "bonds")
+            if view.has(stage) and rule.gate in STAGES[stage].schema.names
+        }
+        rules = [name for name, rule in RULES.items() if not rule.gate or rule.gate in gates]
+        folder = home / f"copies-{'-'.join(rules)}"
+        step = self.telling.step(f"{what}: copies")
         step.expect(view.n)
-        whole = home / "buckets.json"
-        if whole.exists():
-            n_buckets = len(parts_of(home / "buckets"))
-        else:
-            n_buckets = fill_buckets(
-                view.folders["forms"], view.folders["checks"], home / "buckets", gates, view.n
-            )
-            whole.write_text("{}", encoding="utf-8")
+        whole = folder / "buckets.json"
+        if not whole.exists():
+            n = fill_buckets(view.folders["forms"], view.folders["checks"], folder / "buckets", gates, view.n)
+            whole.write_text(str(n), encoding="utf-8")
         waiting = []
-        for bucket in range(n_buckets):
-            out = part_path(home / "found", bucket)
+        for bucket in range(int(whole.read_text(encoding="utf-8"))):
+            out = part_path(folder / "found", bucket)
             if not out.exists():
                 task = {
-                    "job": _COPIES, "bucket": str(part_path(home / "buckets", bucket)), "out": str(out),
+                    "job": _COPIES, "bucket": str(part_path(folder / "buckets", bucket)), "out": str(out),
                     "rules": rules,
                 }  # fmt: skip
                 waiting.append(self.pool.submit(task))
         for result in _results(waiting):
             step.advance(result["n"])
-        copies = {name: np.full(view.n, -1, dtype=np.int64) for name in rules}
-        for path in parts_of(home / "found"):
-            for row in read_part(path):
-                copies[row["rule"]][row["position"]] = -2 if row["of"] is None else row["of"]
-        n_copies = int((copies["default"] >= 0).sum())
-        step.done(f"{n_copies:,} copies")
-        return copies
+        found = collect(folder / "found", rules, view.n)
+        step.done(f"{int((found.of['default'] >= 0).sum()):,} copies")
+        seconds["copies"] = seconds.get("copies", 0.0) + time.perf_counter() - began
+        return found
+
+    def _relaxed(
+        self, one: SampleSet, view: View, home: Path, asked: Sequence[Asked], seconds: dict[str, float]
+    ) -> tuple[Relaxation, View]:
+        """Relax a set, and work out its relaxed structures like the set itself."""
+        request = self.request
+        hull = str(request.hull)
+        references = str(request.element_references or "")
+        began = time.perf_counter()
+        folder = request.out / "relaxed" / one.name
+        relax_all(
+            view, folder, request.potential, request.workers, self.telling.step(f"{one.name}: relaxing")
+        )
+        seconds["relaxing"] = time.perf_counter() - began
+        settings = {
+            "potential": request.potential,
+            "hull": content_hash((Path(hull),)),
+            "references": references,
+        }
+        where = {"hull": hull, "references": references, "relaxed": str(folder / "relaxed.jsonl")}
+        stages = [*asked, Asked("stability", settings, where)]
+        view, more = self._worked_out(one, home, f"{one.name}: stability", stages)
+        seconds |= more
+        again = [Asked("checks"), Asked("forms")] + ([self._known] if request.reference else [])
+        place = home / f"relaxed-{request.potential.replace(':', '-')}"
+        samples = relaxed_samples(view, folder)
+        inner, _ = self._worked_out(one, place, f"{one.name}: relaxed structures", again, samples)
+        copies = self._copies(inner, place, f"{one.name}: relaxed structures", seconds)
+        judge = judge_of(references_of(request.potential, references), read_hull(hull))
+        reasons = Counter(r for r in view.texts("stability", "stability_reason") if r and ": no " in r)
+        for reason, n in reasons.items():
+            self._note(f"{one.name}: {n:,} samples have no hull distance ({reason}); add it to {hull}")
+        return Relaxation(inner, copies, judge), view
 
     def _paired(self, view: View, targets: View) -> Pairs:
         ids = [str(name) for name in view.texts("read", "id")]
         target_ids = [str(name) for name in targets.texts("read", "id")]
-        target_formulas = [str(one) for one in targets.texts("checks", "formula")]
-        formulas = view.texts("checks", "formula")
-        return pair(ids, formulas, target_ids, target_formulas, way=self.request.pairing)
+        formulas = [str(formula) for formula in targets.texts("checks", "formula")]
+        asked = [asked_formula(text) for text in view.texts("read", "conditions")]
+        found = view.texts("checks", "formula")
+        return pair(ids, found, target_ids, formulas, way=self.request.pairing, asked=asked)
 
 
 def _results(waiting: Iterable["Future[Any]"]) -> Iterable[Any]:

@@ -26,7 +26,7 @@ from crystallm_kit.errors import ReadError, UserError
 from crystallm_kit.records import Verdict
 from crystallm_kit.structures.entries import ReadFailure, entry_of_row, parse
 from crystallm_kit.structures.files import read
-from crystallm_kit.structures.sources import check_path
+from crystallm_kit.structures.sources import check_path, entries_of
 from crystallm_kit.text.parsing import parse_completion
 from crystallm_kit.text.representation import REPRESENTATIONS, representation
 
@@ -62,6 +62,7 @@ class Incoming:
         reason, detail: Why there is none.
         conditions: What was asked, as JSON; "" where that is not known.
         stated_spacegroup: Number that the text states.
+        cif_text: The CIF that it was read from; "" where it was none.
         properties: What the file says of it.
     """
 
@@ -71,6 +72,7 @@ class Incoming:
     detail: str = ""
     conditions: str = ""
     stated_spacegroup: int | None = None
+    cif_text: str = ""
     properties: dict[str, Any] = field(default_factory=dict)
 
 
@@ -148,10 +150,16 @@ def samples_of(sample_set: SampleSet, start: int = 0) -> Iterator[Incoming]:
 
 def _entries(sources: Sequence[Path], start: int) -> Iterator[Incoming]:
     failures: list[ReadFailure] = []
+    # walked a second time, for the texts: each entry comes out of `read` once, as a crystal or a failure
+    entries = islice(entries_of(list(sources)), start, None)
     for crystal in read(list(sources), on_error=failures.append, allow_disordered=True, start=start):
-        yield from (_unreadable(f) for f in failures)
+        for failure in failures:
+            next(entries)
+            yield _unreadable(failure)
         failures.clear()
-        yield incoming(crystal.id, crystal.structure, properties=dict(crystal.properties))
+        entry = next(entries)
+        text = entry.content if entry.kind == "cif" else ""
+        yield incoming(crystal.id, crystal.structure, cif_text=text, properties=dict(crystal.properties))
     yield from (_unreadable(f) for f in failures)
 
 
@@ -165,12 +173,14 @@ def incoming(
     *,
     conditions: str = "",
     stated_spacegroup: int | None = None,
+    cif_text: str = "",
     properties: dict[str, Any] | None = None,
 ) -> Incoming:
     """Return a sample with a structure; what no crystal protocol can judge becomes its reason."""
     common: dict[str, Any] = {
         "conditions": conditions,
         "stated_spacegroup": stated_spacegroup,
+        "cif_text": cif_text,
         "properties": properties or {},
     }
     if isinstance(structure, Molecule):

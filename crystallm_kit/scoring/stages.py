@@ -23,6 +23,7 @@ from typing import Any
 import pyarrow as pa
 from pymatgen.core import Structure
 
+from crystallm_kit.scores.checks import BOND_SCORES, CHECKS
 from crystallm_kit.scoring.pool import Marks, TooLong
 from crystallm_kit.scoring.rows import STRUCTURE_COLUMNS, part_path, read_part, structure_of, write_part
 
@@ -37,6 +38,7 @@ READ = pa.schema(
         ("detail", pa.string()),
         ("conditions", pa.string()),
         ("stated_spacegroup", pa.int16()),
+        ("cif_text", pa.string()),
         ("properties", pa.string()),
         *STRUCTURE_COLUMNS,
     ]
@@ -109,25 +111,41 @@ class Asked:
 
 _FLOAT, _TRUTH, _TEXT, _WHOLE = pa.float64(), pa.bool_(), pa.string(), pa.int32()
 
+# Checks that need a fingerprint are put together of two stages (scene.py); bonds have one of their own.
+_CHECKS = tuple((name, _TRUTH) for name, what in CHECKS.items() if not what.startswith(("(fing", "(text, b")))
+_BONDS = tuple((name, _TRUTH) for name, what in CHECKS.items() if what.startswith("(text, b"))
+
 STAGES: dict[str, Stage] = {
     stage.name: stage
     for stage in (
-        Stage("checks", 1, 20.0, (
+        Stage("checks", 2, 30.0, (
             ("formula", _TEXT), ("cell_formula", _TEXT), ("n_sites", _WHOLE), ("n_elements", _WHOLE),
             ("elements", pa.list_(_TEXT)), ("spacegroup_number", _WHOLE), ("crystal_system", _TEXT),
             ("density_g_cm3", _FLOAT), ("volume_per_atom_angstrom3", _FLOAT),
-            ("nearest_distance_angstrom", _FLOAT),
-            ("reason", _TEXT), ("detail", _TEXT), ("stage", _TEXT), ("as_asked", _TRUTH),
-            ("kit.valid", _TRUTH), ("cdvae.structure_valid", _TRUTH), ("cdvae.comp_valid", _TRUTH),
-            ("diffcsp.structure_valid", _TRUTH), ("diffcsp.comp_valid", _TRUTH),
-            ("crystallm_pi.structure_valid_xrd", _TRUTH), ("crystallm.sensible", _TRUTH), ("cif", _TEXT),
+            ("nearest_distance_angstrom", _FLOAT), ("cell_lengths_angstrom", pa.list_(_FLOAT)),
+            ("reason", _TEXT), ("detail", _TEXT), ("stage", _TEXT), ("asked", _TEXT), ("kit.valid", _TRUTH),
+            *_CHECKS, ("lemat.spacegroup_number", _WHOLE), ("cif", _TEXT),
         ), "checking:check"),
-        Stage("forms", 1, 20.0, (("reduced_formula", _TEXT), *STRUCTURE_COLUMNS), "reducing:reduce"),
-        Stage("known", 1, 60.0, (
+        Stage("bonds", 1, 60.0, (
+            *_BONDS, *((name, _FLOAT) for name in BOND_SCORES),
+        ), "checking:check_bonds"),
+        Stage("forms", 1, 30.0, (("reduced_formula", _TEXT), *STRUCTURE_COLUMNS), "reducing:reduce"),
+        Stage("known", 2, 60.0, (
             ("known_formula", _TRUTH), ("known_system", _TRUTH), ("known_as.default", _TEXT),
-            ("known_as.lemat", _TEXT), ("known_as.csp", _TEXT), ("known_as.cell_formula", _TEXT),
+            ("known_as.lemat", _TEXT), ("known_as.genmetrics", _TEXT), ("known_as.cell_formula", _TEXT),
         ), "knowing:know", ("forms",)),
-        Stage("matches", 1, 60.0, (("rms_distance.csp", _FLOAT),), "comparing:compare", ("forms",)),
+        Stage("fingerprints", 1, 60.0, (
+            ("fingerprintable", _TRUTH), ("fingerprint_reason", _TEXT),
+            ("structure_fingerprint", pa.list_(_FLOAT)), ("composition_fingerprint", pa.list_(_FLOAT)),
+        ), "fingerprinting:fingerprint"),
+        Stage("matches", 2, 60.0, (("rms_distance.csp", _FLOAT), ("distances", _TEXT)), "comparing:compare",
+              ("forms",)),
+        Stage("stability", 1, 60.0, (
+            ("relaxed", _TRUTH), ("n_steps", _WHOLE), ("energy_ev_per_atom", _FLOAT),
+            ("formation_energy_ev_per_atom", _FLOAT), ("hull_distance_ev_per_atom", _FLOAT),
+            ("submitted_hull_distance_ev_per_atom", _FLOAT), ("n_competing", _WHOLE),
+            ("rmsd_angstrom", _FLOAT), ("stability_reason", _TEXT),
+        ), "judging:judge"),
     )
 }  # fmt: skip
 
@@ -190,6 +208,8 @@ def _guarded(call: Any, stage: Stage, position: int, marks: Marks) -> dict[str, 
             return dict(call())
     except TooLong:
         return {"trouble": f"timeout: more than {stage.seconds:g} s"}
+    except (ImportError, SyntaxError):  # no structure's fault, and the same for all
+        raise
     except Exception as error:  # noqa: BLE001 - one bad structure never stops a run
         return {"trouble": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
 

@@ -1,11 +1,12 @@
 """The scores as the command shows them: a table a protocol, the sets side by side.
 
-    cdvae                       DiffCSP (10,000)                LLaMA (3,221)
-    structure_valid  10,000  100.00 (100.0-100.0)    3,219   99.94 (99.8-100.0)
-    comp_valid        8,325   83.25   (82.5-84.0)    3,221  100.00 (99.9-100.0)
+    cdvae               DiffCSP (10,000)         LLaMA (3,221)
+    structure_valid  10,000  100.00 ±0.0   3,219   99.94 ±0.1
+    comp_valid        8,325   83.25 ±0.7   3,221  100.00 ±0.1
 
-A share: how many, in percent, and its 95 % interval; the denominator stands above, or behind a stroke where
-it is another.
+A share: how many, in percent, and half the width of its 95 % interval; a denominator that is not what was
+requested stands behind a stroke. What was not computed comes last, by reason. Ends of intervals, and what has
+to be known to read a number, are in report.json and on the page.
 
 Not here: the page (report.py).
 """
@@ -15,7 +16,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 Plain = Mapping[str, Any]
 
@@ -24,18 +24,31 @@ def print_report(report: Plain) -> None:
     """Print the funnel and the scores of a report."""
     console = Console(highlight=False, markup=False)
     console.print(funnel_table(report))
-    notes: dict[str, int] = {}
     for protocol in report["protocols"]:
-        table = scores_table(report, protocol, notes)
+        table = scores_table(report, protocol)
         if table.row_count:
             console.print()
             console.print(table)
-    if notes:
-        console.print()
-    for note, number in notes.items():
-        console.print(f"{number}  {note}")
+    console.print()
+    for why, names in _missing(report).items():
+        console.print(f"not computed: {', '.join(names)} ({why})")
     for note in report["notes"]:
         console.print(f"note: {note}")
+
+
+def _missing(report: Plain) -> dict[str, list[str]]:
+    """Return why -> the scores that no set has."""
+    found: dict[str, dict[str, str]] = {}
+    for one in report["sets"]:
+        for score in one["scores"]:
+            found.setdefault(score["name"], {})[one["name"]] = (
+                "" if score["value"] is not None else score["note"]
+            )
+    by_reason: dict[str, list[str]] = {}
+    for name, whys in found.items():
+        if all(whys.values()):
+            by_reason.setdefault(next(iter(whys.values())), []).append(name)
+    return by_reason
 
 
 def funnel_table(report: Plain) -> Table:
@@ -50,18 +63,20 @@ def funnel_table(report: Plain) -> Table:
     return table
 
 
-def scores_table(report: Plain, protocol: str, notes: dict[str, int]) -> Table:
-    """Return the scores of one protocol; what has to be known to read them gets a number in `notes`."""
+def scores_table(report: Plain, protocol: str) -> Table:
+    """Return the scores of one protocol that any set has."""
     sets = report["sets"]
     table = _table(protocol, sets)
-    by_set = [{s["name"]: s for s in one["scores"]} for one in sets]
-    names = dict.fromkeys(name for scores in by_set for name in scores if name.partition(".")[0] == protocol)
+    by_set = [{s["name"]: s for s in one["scores"] if s["value"] is not None} for one in sets]
+    names = dict.fromkeys(s["name"] for one in sets for s in one["scores"])
     for name in names:
-        cells = [
-            _cell(scores[name], one["n_requested"], notes) if name in scores else Text("-")
-            for one, scores in zip(sets, by_set, strict=True)
-        ]
-        table.add_row(name.partition(".")[2], *cells)
+        home, _, metric = name.partition(".")
+        if home.removesuffix("_gated") == protocol and any(name in scores for scores in by_set):
+            cells = [
+                _cell(scores[name], one["n_requested"]) if name in scores else "-"
+                for one, scores in zip(sets, by_set, strict=True)
+            ]
+            table.add_row(metric if home == protocol else f"{metric}, gated", *cells)
     return table
 
 
@@ -73,20 +88,13 @@ def _table(first: str, sets: Sequence[Plain]) -> Table:
     return table
 
 
-def _cell(score: Plain, n_requested: int, notes: dict[str, int]) -> Text:
-    mark = f" [{notes.setdefault(score['note'], len(notes) + 1)}]" if score["note"] else ""
-    if score["value"] is None:
-        return Text(f"not computed{mark}", style="dim")
+def _cell(score: Plain, n_requested: int) -> str:
     is_share = score["unit"] == "share"
     said = f"{100 * score['value']:.2f}" if is_share else f"{score['value']:.4g}"
     if is_share and score["numerator"] is not None:
-        other = score["denominator"] != n_requested
-        behind = f" / {score['denominator']:,}" if other else ""
+        behind = f" / {score['denominator']:,}" if score["denominator"] != n_requested else ""
         said = f"{score['numerator']:,}{behind}  {said:>6}"
-    elif score["unit"] not in ("", "share"):
-        said += f" {score['unit']}"
     if score["low"] is not None:
-        low, high = score["low"], score["high"]
-        interval = f"({100 * low:.1f}-{100 * high:.1f})" if is_share else f"({low:.4g}-{high:.4g})"
-        said += f" {interval:>13}"
-    return Text(said + mark)
+        half = (score["high"] - score["low"]) / 2
+        said += f" ±{100 * half:.1f}" if is_share else f" ±{half:.2g}"
+    return said if score["unit"] in ("", "share") else f"{said} {score['unit']}"
