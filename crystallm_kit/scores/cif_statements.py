@@ -100,9 +100,18 @@ class CifStatements:
         )
 
     def has_sites_of(self, found: Composition) -> bool:
-        """Tell whether the sum formula counts the atoms of a cell one by one."""
+        """Tell whether a cell's atoms are the sum formula's, or a whole multiple (a formula unit's) of them.
+
+        A CIF that states no formula has nothing to contradict.
+        """
         stated = _composition(self._block.get("_chemical_formula_sum"))
-        return stated is not None and stated.get_el_amt_dict() == found.get_el_amt_dict()
+        if stated is None:
+            return True
+        atoms, counts = stated.get_el_amt_dict(), found.get_el_amt_dict()
+        if set(atoms) != set(counts):
+            return False
+        multiples = {counts[symbol] / n for symbol, n in atoms.items()}
+        return len(multiples) == 1 and multiples.pop().is_integer()
 
 
 def _composition(text: object) -> Composition | None:

@@ -122,6 +122,14 @@ def test_texts_that_contradict_themselves_fail(rocksalt, rocksalt_text):
         assert [name for name in TEXT if not row[f"crystallm.{name}"]] == [failing]
 
 
+def test_a_cell_of_fewer_sites_than_the_formula_is_not_the_kits_structure(rocksalt, rocksalt_text):
+    merged = rocksalt.copy()
+    merged.remove_sites([7])
+    row = structure_checks(merged, cif_text=rocksalt_text)
+    assert row["cdvae.structure_valid"]
+    assert not row["kit.structure_valid"]
+
+
 def test_a_stated_p1_passes_the_peers_check_and_not_the_kits(rocksalt_text):
     askew = Structure(
         Lattice.from_parameters(4, 5, 6, 80, 85, 95),
