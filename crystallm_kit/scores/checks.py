@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pymatgen.core import Structure
+from pymatgen.core import Molecule, Structure
 
 from crystallm_kit.errors import EmptyInput, UserError
 from crystallm_kit.scores import lemat
@@ -94,7 +94,7 @@ _WITH_IMAGES = {name: replace(PROTOCOLS[name], self_images=True) for name in ("c
 
 
 def structure_checks(
-    structure: Structure | None,
+    structure: Structure | Molecule | None,
     *,
     cif_text: str | None = None,
     with_bonds: bool = False,
@@ -103,7 +103,7 @@ def structure_checks(
     """Return every check that can be made of one structure, by its name.
 
     Args:
-        structure: As generated, operators expanded. None, or with shared sites: it fails everything.
+        structure: As generated, operators expanded. None, a molecule, or shared sites: it fails everything.
         cif_text: The CIF that it was read from, for the checks of the text.
         with_bonds: Whether to count bonds, which takes far longer than all the rest.
         is_fingerprintable: Whether all its sites have a fingerprint (fingerprints.py); None: not tried.
@@ -119,7 +119,10 @@ def structure_checks(
 
 
 def _checked(
-    structure: Structure | None, cif_text: str | None, with_bonds: bool, is_fingerprintable: bool | None
+    structure: Structure | Molecule | None,
+    cif_text: str | None,
+    with_bonds: bool,
+    is_fingerprintable: bool | None,
 ) -> dict[str, bool | float]:
     case = _Case(structure, None if cif_text is None else CifStatements(cif_text))
     row: dict[str, bool | float] = {**case.of_structure(), **case.of_composition(), **case.of_lemat()}
@@ -145,8 +148,8 @@ def _checked(
 class _Case:
     """One structure and its text, with what several checks ask of them."""
 
-    def __init__(self, structure: Structure | None, text: CifStatements | None) -> None:
-        self.structure = structure if structure is not None and structure.is_ordered else None
+    def __init__(self, structure: Structure | Molecule | None, text: CifStatements | None) -> None:
+        self.structure = structure if isinstance(structure, Structure) and structure.is_ordered else None
         self.found = None if self.structure is None else MeasuredCrystal(self.structure)
         self.text = text
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pymatgen.core import Lattice, Structure
+from pymatgen.core import Lattice, Molecule, Structure
 
 from crystallm_kit.errors import EmptyInput, UserError
 from crystallm_kit.records import Crystal
@@ -81,7 +81,8 @@ def test_long_cells_fail_crystallm_pis_xrd_rule_only():
 def test_nothing_passes_without_an_ordered_structure_in_a_cell():
     shared = Structure(Lattice.cubic(4), [{"Na": 0.5, "K": 0.5}], [[0, 0, 0]])
     lost = cubic(4, ["Na"], [[np.nan, 0, 0]])
-    for structure in (None, shared):
+    water = Molecule(["O", "H", "H"], [[0, 0, 0.119], [0, 0.763, -0.477], [0, -0.763, -0.477]])
+    for structure in (None, shared, water):
         assert not any(structure_checks(structure).values())
     assert {name for name, passed in structure_checks(lost).items() if passed} == {
         # read from the composition alone
