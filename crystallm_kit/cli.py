@@ -304,6 +304,10 @@ def _add_scoring_verbs(verbs: Any) -> None:
     what.add_argument(
         "--cutoffs", default="mp_20", metavar="SET", help="of coverage: mp_20 (default), perov_5, carbon_24"
     )
+    what.add_argument(
+        "--published", nargs="+", metavar="TABLE",
+        help="published results for the report, such as csp_comp_mp20 (default: those that fit)",
+    )  # fmt: skip
     what.add_argument("--relax", action="store_true", help="stability and S.U.N., with --hull")
     what.add_argument("--hull", type=Path, metavar="FILE", help="formation energies that the hull is made of")
     what.add_argument(
@@ -325,6 +329,14 @@ def _add_scoring_verbs(verbs: Any) -> None:
         help="a Ray cluster in their place, whose nodes see the same files; auto; local: a new one here",
     )  # fmt: skip
     how.add_argument("--json", action="store_true", help="print report.json")
+
+    report = _verb(verbs, "report", "a scoring run's page again; or several runs compared")
+    report.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="of runs; the first is the baseline"
+    )
+    report.add_argument(
+        "--out", type=Path, metavar="PATH", help="of the comparison (default: comparison.html here)"
+    )
 
 
 def _add_benchmark_verb(verbs: Any) -> None:

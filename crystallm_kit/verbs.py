@@ -217,6 +217,7 @@ def score(options: argparse.Namespace) -> int:
             "fingerprints", "relax", "hull", "potential", "element_references", "cutoffs", "workers", "ray",
             "fresh",
         )},
+        published=None if options.published is None else tuple(options.published),
     )  # fmt: skip
     report = run(request, progress=True, command=shlex.join(["crystallm-kit", *sys.argv[1:]])).report
     if options.json:
@@ -226,6 +227,18 @@ def score(options: argparse.Namespace) -> int:
     for name in ("report.html", "report.json", "rows"):
         if (options.out / name).exists():
             print(f"{options.out / name}")
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Write the page of a scoring run, or one that compares several."""
+    from crystallm_kit.scoring.comparison import compare_runs
+    from crystallm_kit.scoring.report import write_report
+
+    if len(options.folders) == 1 and options.out is None:
+        print(write_report(options.folders[0]))
+    else:
+        print(compare_runs(options.folders, options.out or Path("comparison.html")))
     return 0
 
 

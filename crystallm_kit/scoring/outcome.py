@@ -40,6 +40,7 @@ def report_of(
     settings: Mapping[str, Any],
     protocols: Sequence[str],
     notes: Sequence[str],
+    published: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return what report.json holds.
 
@@ -49,6 +50,7 @@ def report_of(
         settings: Of the run.
         protocols: That were asked for.
         notes: What has to be known.
+        published: Rows of other systems, as published.rows_for_report gives them.
     """
     scenes = [one[0] for one in scored]
     reference = scenes[0].reference
@@ -68,7 +70,7 @@ def report_of(
         "reference": None if reference is None else {
             "name": reference.name, "n": reference.n, "distributions": distributions(reference, edges),
         },
-        "published": [],
+        "published": list(published),
         "notes": list(notes),
     }  # fmt: skip
 

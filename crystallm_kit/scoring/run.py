@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from crystallm_kit.errors import EmptyInput, UnknownName, UserError
+from crystallm_kit.errors import EmptyInput, MissingExtra, UnknownName, UserError
 from crystallm_kit.scores.coverage import CUTOFFS
 from crystallm_kit.scores.hull_sources import read_hull
 from crystallm_kit.scores.reduced_forms import usable_cores
@@ -35,6 +35,8 @@ from crystallm_kit.scoring.merging import write_rows
 from crystallm_kit.scoring.outcome import REPORT, report_of, write_report_json
 from crystallm_kit.scoring.pairing import WAYS, Pairs, asked_formula, pair
 from crystallm_kit.scoring.pool import Pool, ray_pool
+from crystallm_kit.scoring.published import published_table, rows_for_report
+from crystallm_kit.scoring.report import write_report
 from crystallm_kit.scoring.rows import part_path
 from crystallm_kit.scoring.sample_sets import SampleSet, content_hash, named_sets
 from crystallm_kit.scoring.scene import Relaxation, Scene
@@ -47,6 +49,8 @@ from crystallm_kit.structures.sources import check_path
 _READ = "crystallm_kit.scoring.stages:run_part"
 _COPIES = "crystallm_kit.scoring.copies:find_copies"
 _DEFAULT_OUT = "scores"
+# Protocol -> the table of published results under it.
+_PUBLISHED = {"cdvae": "cdvae_panel_mp20", "lemat": "lemat_as_generated"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Request:
         potential: That relaxes and judges; a name or "module:factory".
         element_references: File of its elements' energies; None: those that come with the package.
         cutoffs: Of coverage: mp_20, perov_5, carbon_24.
+        published: Tables of published results that the report shows beside; None: those that fit.
         workers: Processes; None: one per usable core.
         ray: Address of a Ray cluster in their place; "": none.
         fresh: Remove what a run left in the folder.
@@ -82,6 +87,7 @@ class Request:
     potential: str = "chgnet"
     element_references: Path | None = None
     cutoffs: str = "mp_20"
+    published: tuple[str, ...] | None = None
     workers: int | None = None
     ray: str = ""
     fresh: bool = False
@@ -100,6 +106,8 @@ class Request:
             raise UserError("--hull: the samples have no energies of their own; give --relax too")
         for path in (*self.reference, *self.targets):
             check_path(path)
+        for name in self.published or ():
+            published_table(name)
         return protocols
 
     def inputs(self) -> dict[str, Any]:
@@ -116,6 +124,13 @@ class Request:
             "targets": content_hash(self.targets) if self.targets else None,
             "pairing": self.pairing if self.targets else None,
         }  # fmt: skip
+
+    def tables(self, protocols: Sequence[str]) -> list[str]:
+        """Return the published tables that are shown beside: without targets, those of de novo generation."""
+        if self.published is not None:
+            return list(self.published)
+        fits = not self.targets and self.cutoffs == "mp_20"
+        return [name for protocol, name in _PUBLISHED.items() if fits and protocol in protocols]
 
     def counts_bonds(self) -> bool:
         """Tell whether a protocol was named that is nothing without bonds, which take long."""
@@ -160,8 +175,8 @@ def score(
         protocols: kit, cdvae, mattergen, ...; None: all.
         out: Folder for rows, report.json and report.html; one that holds a part of this run is gone on with.
         progress: Whether to tell of it on standard error.
-        options: requested (for sets that hold fewer than were asked for), limit, pairing, workers, ray,
-            fresh.
+        options: requested (for sets that hold fewer than were asked for), limit, and those of `Request`:
+            pairing, fingerprints, relax, hull, potential, cutoffs, published, workers, ray, fresh.
 
     Returns:
         Name of the set -> its scores.
@@ -238,8 +253,13 @@ class _Runner:
         report = report_of(
             [(o.scene, [str(s) for s in o.sample_set.sources], o.scores, o.seconds) for o in scored],
             command=command, settings=self.inputs, protocols=self.protocols, notes=self.notes,
+            published=[row for name in self.request.tables(self.protocols) for row in rows_for_report(name)],
         )  # fmt: skip
         write_report_json(report, self.request.out / REPORT)
+        try:
+            write_report(self.request.out)
+        except MissingExtra as error:
+            self.telling.say(f"no report.html: {error}")
         return Outcome(scored, report)
 
     @property
