@@ -24,7 +24,14 @@ from crystallm_kit.scoring.axes import MARK_SHAPES, number, written_unit
 from crystallm_kit.scoring.document import document, markup
 from crystallm_kit.scoring.plots import funnel_picture
 from crystallm_kit.scoring.report import read_report
-from crystallm_kit.scoring.tables import ScoreDict, interval_of, label_of, line_of, overlap, protocol_of
+from crystallm_kit.scoring.tables import (
+    ScoreDict,
+    interval_of,
+    line_of,
+    overlap,
+    protocol_of,
+    without_missing,
+)
 from crystallm_kit.scoring.wording import plain_pairs, when
 
 COMPARISON_HTML = "comparison.html"
@@ -177,7 +184,7 @@ def blocks_of(
                 "text": str(about.get("text", "")), "runs": runs if len(groups) > 1 else [],
                 "columns": shown, "differ": differ,
                 "groups": [group[0] for group in groups.values()],
-                "lines": _lines(protocol, shown, columns, references),
+                **_lines(protocol, shown, columns, references),
             })  # fmt: skip
     return blocks
 
@@ -193,11 +200,14 @@ def _root(column: Column, columns: Sequence[Column]) -> int:
 
 def _lines(
     protocol: str, shown: Sequence[Column], columns: Sequence[Column], references: Mapping[str, Any]
-) -> list[dict[str, Any]]:
+) -> dict[str, Any]:
+    """Return the lines that have a number, with their changes, and what no set has."""
     names = dict.fromkeys(name for c in shown for name in c.scores if protocol_of(name) == protocol)
+    every = [line_of(name, [column.scores.get(name) for column in shown]) for name in names]
+    kept, missing = without_missing(every)
     lines = []
-    for name in names:
-        line = line_of(name, [column.scores.get(name) for column in shown])
+    for line in kept:
+        name = line.name
         changes: list[Change | None] = []
         is_against = depends_on_reference(name)
         for column in shown:
@@ -215,9 +225,9 @@ def _lines(
         else:
             cells = list(zip(line.cells, changes, strict=True))
         lines.append({
-            "name": name, "label": label_of(name), "better": line.better, "note": line.note, "cells": cells,
+            "name": name, "label": line.label, "better": line.better, "note": line.note, "cells": cells,
         })  # fmt: skip
-    return lines
+    return {"lines": lines, "missing": missing}
 
 
 def depends_on_reference(name: str) -> bool:

@@ -25,7 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pymatgen.core import Element, Lattice, Structure
 
+from crystallm_kit.errors import EncodeError
 from crystallm_kit.scoring.axes import coordinate
+from crystallm_kit.structures.symmetry import dataset
 
 _TURN, _TILT = math.radians(-24), math.radians(14)
 _SHELL, _REACH = 1.15, 1.3  # as in crystal.js
@@ -208,14 +210,9 @@ def gradients(symbols: set[str]) -> str:
 
 def _conventional(structure: Structure) -> Structure:
     """Return a structure in its conventional cell; itself where that has too many sites or no symmetry."""
-    from moyopy import Cell, MoyoDataset
-
-    numbers = [site.specie.Z for site in structure]
     try:
-        cell = Cell(structure.lattice.matrix.tolist(), structure.frac_coords.tolist(), numbers)
-        found = MoyoDataset(cell, symprec=_SYMPREC_ANGSTROM)
-    # moyopy has no exception of its own: what it cannot decide stays as it came.
-    except Exception:  # noqa: BLE001
+        found = dataset(structure, _SYMPREC_ANGSTROM)
+    except EncodeError:
         return structure
     standard = found.std_cell
     if found.number == 1 or len(standard.numbers) > _MOST_BONDED:

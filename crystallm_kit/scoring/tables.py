@@ -45,6 +45,11 @@ _WORDS = {
     "frechet": "Fréchet distance,",
     "xrd": "(XRD rule)",
     "n": "number of",
+    "cdvae": "CDVAE",
+    "diffcsp": "DiffCSP",
+    "lemat": "LeMat",
+    "llm": "LLM",
+    "spacegroup": "space group",
 }
 
 
@@ -88,13 +93,19 @@ class Line:
 
 @dataclass(frozen=True)
 class Block:
-    """All scores of one protocol."""
+    """All scores of one protocol.
+
+    Attributes:
+        name, title, text: The protocol's.
+        lines: Scores that at least one set has.
+        missing: Reason -> scores that no set has for it.
+    """
 
     name: str
     title: str
     text: str
     lines: list[Line]
-    settings: Mapping[str, Any] = field(default_factory=dict)
+    missing: Mapping[str, list[str]] = field(default_factory=dict)
 
 
 def protocol_tables(report: Mapping[str, Any]) -> list[Block]:
@@ -107,10 +118,24 @@ def protocol_tables(report: Mapping[str, Any]) -> list[Block]:
         mine = [name for name in names if protocol_of(name) == protocol]
         about = described.get(protocol, {})
         if mine:
-            lines = [line_of(name, [scores.get(name) for scores in by_set]) for name in mine]
+            every = [line_of(name, [scores.get(name) for scores in by_set]) for name in mine]
+            lines, missing = without_missing(every)
             title, text = str(about.get("title", protocol)), str(about.get("text", ""))
-            blocks.append(Block(protocol, title, text, lines, about.get("settings") or {}))
+            blocks.append(Block(protocol, title, text, lines, missing))
     return blocks
+
+
+def without_missing(lines: Sequence[Line]) -> tuple[list[Line], dict[str, list[str]]]:
+    """Return the lines that have a number, and reason -> the scores that no set has for this one reason."""
+    kept: list[Line] = []
+    missing: dict[str, list[str]] = {}
+    for line in lines:
+        reasons = {cell.note for cell in line.cells}
+        if any(cell.value for cell in line.cells) or len(reasons) > 1:
+            kept.append(line)
+        else:
+            missing.setdefault(reasons.pop(), []).append(line.name)
+    return kept, missing
 
 
 def protocol_of(name: str) -> str:

@@ -91,8 +91,18 @@ def test_every_score_of_every_set_is_there_with_counts_and_interval(small_run):
 
 
 def test_what_was_not_computed_says_why(small_run):
-    text = page_of(small_run()).text
-    assert re.search(r"not computed\s+no reference set: give --reference", text)
+    text = page_of(small_run("both")).text
+    assert re.search(r"Not computed\s+no reference set: give --reference\s*:\s+cdvae\.cov_recall", text)
+
+    def of_one_set(report):
+        report["sets"][0]["scores"][0].update(value=None, note="its file has no cells")
+        del report["sets"][1]["scores"][1]
+
+    text = page_of(edit(small_run("one"), of_one_set)).text
+    line = text.partition("cdvae.structure_valid")[2].partition("cdvae.comp_valid")[0]
+    assert re.search(r"not computed\s+its file has no cells\s+100\.0 %", line)
+    line = text.partition("cdvae.comp_valid")[2].partition("cdvae.wdist")[0]
+    assert re.search(r"83\.0 %.*not computed\s+not part of this set's run", line)
 
 
 def test_the_best_is_marked_and_sets_that_are_not_told_apart_from_it_too(small_run):
