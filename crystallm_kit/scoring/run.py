@@ -346,7 +346,14 @@ class _Runner:
             seconds.update({name: found["seconds"] for name, found in result["stages"].items()})
         new = f" ({', '.join(f'{k} {v:.1f} s' for k, v in seconds.items())} of work)" if seconds else ""
         step.done(f"{n:,} entries{new}")
-        return View(one.name, folders, n), dict(seconds)
+        view = View(one.name, folders, n)
+        for name in folders:
+            troubles = [t for t in view.texts(name, "trouble") if t] if name != "read" else []
+            if troubles:
+                self._note(
+                    f"{what}: {name}: {len(troubles):,} structures without an answer, as '{troubles[0]}'"
+                )
+        return view, dict(seconds)
 
     def _copies(self, view: View, home: Path, what: str, seconds: dict[str, float]) -> Copies:
         """Find who is whose copy, under every rule whose checks were made."""

@@ -135,4 +135,6 @@ def known(view: View, column: str) -> Truth | None:
     """Return which samples of a set are in the reference; None: there is no reference."""
     if not view.has("known"):
         return None
-    return np.array([one is not None for one in view.texts("known", f"known_as.{column}")])
+    # what could not be looked up is not called new
+    pairs = zip(view.texts("known", f"known_as.{column}"), view.texts("known", "trouble"), strict=True)
+    return np.array([one is not None or trouble is not None for one, trouble in pairs])

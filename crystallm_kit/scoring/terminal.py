@@ -82,9 +82,9 @@ def scores_table(report: Plain, protocol: str) -> Table:
 
 def _table(first: str, sets: Sequence[Plain]) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(first, no_wrap=True)
+    table.add_column(first, overflow="fold")
     for one in sets:
-        table.add_column(f"{one['name']} ({one['n_requested']:,})", justify="right")
+        table.add_column(f"{one['name']} ({one['n_requested']:,})", justify="right", no_wrap=True)
     return table
 
 
