@@ -22,7 +22,6 @@ import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar, cast
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,7 +41,12 @@ _SINGLE, _BENT, _POLAR, _SOUTHERN, _PENTAGON, _BCC, _CUBOCTAHEDRON, _STEINHARDT 
 
 
 def compiled(function: Function) -> Function:
-    """Compile a function on its first call, and keep it on disk."""
+    """Compile a function on its first call, and keep it on disk.
+
+    Only for functions that call none of another file: what is kept is not renewed when that one changes.
+    """
+    import numba
+
     return cast("Function", numba.njit(cache=True, error_model="numpy")(function))
 
 
