@@ -2,6 +2,8 @@
 
     python -m crystallm_kit.benchmark predict TARGETS.parquet --targets 500 --samples 60
     python -m crystallm_kit.benchmark predict TARGETS.parquet --condition e_above_hull=0
+    python -m crystallm_kit.benchmark predict TARGETS.parquet --engine template --library KNOWN.parquet
+    python -m crystallm_kit.benchmark predict TARGETS.parquet --with-template --library KNOWN.parquet
     python -m crystallm_kit.benchmark unconditional -n 2000
     python -m crystallm_kit.benchmark constrained TARGETS.parquet -n 10000
     python -m crystallm_kit.benchmark obeyed TARGETS.parquet --targets 500
@@ -11,7 +13,7 @@
 
 `predict` asks for each target's composition (atoms of its primitive cell, and what --condition adds for all)
 and matches the candidates with the truth, in the order in which they were drawn and in the order of
-`generation.ranked`.
+`generation.ranked`; with templates, the templates' candidates too, and those of both (scores/pooled.py).
 
 Not here: what matches (scores/matching.py), what is valid (scores/validity.py); conditioned generation, step
 by step (conditioned.py).
@@ -41,6 +43,7 @@ from crystallm_kit.records import Conditions, Crystal, Range, Sample
 from crystallm_kit.scores.funnel import Funnel, funnel, mark_duplicates
 from crystallm_kit.scores.hits import is_ordered, lines
 from crystallm_kit.scores.matching import MatchRate, match_rate, rms_distances
+from crystallm_kit.scores.pooled import pooled
 from crystallm_kit.structures.files import read
 from crystallm_kit.structures.relaxation import load_potential
 from crystallm_kit.structures.symmetry import spacegroup_number
@@ -58,6 +61,7 @@ def predict(
     seed: int = 0,
     sampling: Sampling | None = None,
     properties: Mapping[str, Range] | None = None,
+    template: Model | None = None,
 ) -> dict[str, list[MatchRate]]:
     """Return match rates given the composition alone, for candidates as drawn and as ranked.
 
@@ -68,9 +72,11 @@ def predict(
         seed: Of the draws.
         sampling: How tokens are drawn.
         properties: Asked of every target's candidates besides the composition.
+        template: The template engine as a model, asked for as many candidates.
 
     Returns:
-        "as drawn" and "ranked" -> match rates for each k of KS that n_samples reaches.
+        "as drawn" and "ranked" -> match rates for each k of KS that n_samples reaches; for a model that draws
+        nothing, "as drawn" alone. With templates also "template" and "template + model".
 
     Raises:
         EmptyInput: Without targets or samples.
@@ -79,22 +85,30 @@ def predict(
         raise EmptyInput(f"predict: {len(targets)} targets, {n_samples} samples each, so no rate")
     asked = [dataclasses.replace(composition_of(t), properties=properties or {}) for t in targets]
     requests = [conditions for conditions in asked for _ in range(n_samples)]
-    samples = list(stream(requests, seed=seed, model=model, sampling=sampling))
-    drawn = [samples[i * n_samples : (i + 1) * n_samples] for i in range(len(targets))]
-    best = [ranked(candidates)[: max(KS)] for candidates in drawn]
+
+    def candidates_of(model: Model) -> list[list[Sample]]:
+        samples = list(stream(requests, seed=seed, model=model, sampling=sampling))
+        return [samples[i * n_samples : (i + 1) * n_samples] for i in range(len(targets))]
+
+    drawn = candidates_of(model)
+    kinds = {"as drawn": drawn}
+    if getattr(model.engine, "is_drawn", True):  # templates stand in their order already
+        kinds["ranked"] = [ranked(candidates) for candidates in drawn]
+    if template is not None:
+        kinds["template"] = candidates_of(template)
+        kinds["template + model"] = [pooled(*both) for both in zip(kinds["template"], drawn, strict=True)]
     jobs = [
-        ([s.structure for s in candidates], target.structure)
-        for kind in ([d[: max(KS)] for d in drawn], best)
-        for candidates, target in zip(kind, targets, strict=True)
+        ([s.structure for s in candidates[: max(KS)]], target.structure)
+        for rows in kinds.values()
+        for candidates, target in zip(rows, targets, strict=True)
     ]
     workers = min(os.cpu_count() or 1, -(-len(jobs) // _JOBS_OF_A_TASK))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         distances = list(pool.map(_distances, jobs, chunksize=_JOBS_OF_A_TASK))
-    first, second = distances[: len(targets)], distances[len(targets) :]
     reached = [k for k in KS if k <= n_samples]
+    n = len(targets)
     return {
-        "as drawn": [match_rate(first, k) for k in reached],
-        "ranked": [match_rate(second, k) for k in reached],
+        kind: [match_rate(distances[i * n : (i + 1) * n], k) for k in reached] for i, kind in enumerate(kinds)
     }
 
 
@@ -205,6 +219,11 @@ def main(arguments: list[str] | None = None) -> int:
         "--condition", action="append", default=[], metavar="NAME=VALUE",
         help="a property asked of every candidate, such as e_above_hull=0; may be repeated",
     )  # fmt: skip
+    verbs.choices["predict"].add_argument(
+        "--with-template",
+        action="store_true",
+        help="the templates' candidates too, and both together",
+    )
     verbs.choices["constrained"].add_argument("-n", type=int, default=10_000)
     verb = verbs.add_parser("unconditional")
     verb.add_argument("-n", type=int, default=2000)
@@ -213,6 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
         verb.add_argument("--model", default=None, help="model folder; default: the shipped one")
         verb.add_argument("--seed", type=int, default=0)
         verb.add_argument("--batch-size", type=int, default=256)
+        verb.add_argument("--engine", default="transformers", help="transformers, vllm or template")
+        verb.add_argument("--library", nargs="+", default=[], help="known crystals, for templates")
     _add_bulk_modulus_verbs(verbs)
     verb = verbs.add_parser("facts")
     verb.add_argument(
@@ -227,18 +248,21 @@ def main(arguments: list[str] | None = None) -> int:
     if options.verb in ("bulk-modulus", "conditioned"):
         return _bulk_modulus(options) if options.verb == "bulk-modulus" else _conditioned(options)
     properties = _properties(options.condition) if options.verb == "predict" else {}
-    model = load_model(options.model, batch_size=options.batch_size)
+    with_template = options.verb == "predict" and options.with_template
+    template = load_model(engine="template", library=options.library) if with_template else None
+    library = () if with_template else options.library
+    model = load_model(options.model, engine=options.engine, batch_size=options.batch_size, library=library)
     begun = time.perf_counter()
     if options.verb == "predict":
         targets = list(islice(read(options.data), options.targets))
         sampling = Sampling(number_temperature=options.number_temperature)
         found = predict(
             targets, model, n_samples=options.samples, seed=options.seed, sampling=sampling,
-            properties=properties,
+            properties=properties, template=template,
         )  # fmt: skip
         for order, rates in found.items():
             for rate in rates:
-                print(f"n={rate.k:<3} {order:<9} {rate}")
+                print(f"n={rate.k:<3} {order:<16} {rate}")
     elif options.verb == "constrained":
         print(json.dumps(constrained_run(read(options.data), model, n=options.n, seed=options.seed)))
     elif options.verb == "obeyed":

@@ -38,7 +38,7 @@ _RATE = 0.03
 _DECAY = 1e-3  # pulls an element of few crystals to where the table puts it
 _DIMENSIONS = 12
 # Least log vote, of crystals that are not alike: what forms with everything may form with anything.
-FLOOR = -10.0
+FLOOR = -12.0
 COUNT_POWER = 0.45  # how much more an element of many atoms weighs in a composition; 1: in proportion
 
 

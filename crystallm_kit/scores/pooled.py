@@ -1,0 +1,57 @@
+"""Candidates of templates and of a model for one composition, in one order.
+
+    pooled(by_template, by_model)       -> samples, the most likely crystal first
+
+How likely a crystal is, by each: the template engine says it itself (its share of the votes, the logarithm of
+which is `log_probability`); of a model it is the share of its draws that are this crystal. Candidates that
+the matcher of structure prediction holds for the same are one crystal; crystals stand in the order of the
+mean of the two shares. Each is shown by its template where there is one, else by its most probable draw; the
+others follow when every crystal has been shown.
+
+Not here: candidates of a model alone (generation.ranked), order by energy (prediction.py).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pymatgen.core import Structure
+
+from crystallm_kit.records import Sample
+from crystallm_kit.scores.structure_matcher import TOLERANCES, Reduced, fit, reduce_many
+
+
+@dataclass
+class _Crystal:
+    """Candidates that are the same: the form of the first, all in order, and the sum of their shares."""
+
+    form: Reduced
+    samples: list[Sample] = field(default_factory=list)
+    share: float = 0.0
+
+
+def pooled(by_template: Sequence[Sample], by_model: Sequence[Sample]) -> list[Sample]:
+    """Return the candidates of both for one composition, best first; those without a structure are left out.
+
+    Args:
+        by_template: As the template engine answered.
+        by_model: As drawn, failures included: they count among the draws.
+    """
+    drawn = sorted(by_model, key=lambda s: -s.log_probability if math.isfinite(s.log_probability) else 0.0)
+    shares = [math.exp(s.log_probability) for s in by_template if s.structure is not None]
+    candidates = [s for s in (*by_template, *drawn) if s.structure is not None]
+    shares += [1 / len(by_model)] * (len(candidates) - len(shares))
+    structures = [s.structure if isinstance(s.structure, Structure) else None for s in candidates]
+    crystals: list[_Crystal] = []
+    for sample, share, form in zip(candidates, shares, reduce_many(structures), strict=True):
+        if form is None:
+            continue
+        same = next((c for c in crystals if fit(form, c.form, TOLERANCES["csp"])), None)
+        if same is None:
+            same = _Crystal(form)
+            crystals.append(same)
+        same.samples.append(sample)
+        same.share += share
+    crystals.sort(key=lambda c: -c.share)
+    deepest = max((len(c.samples) for c in crystals), default=0)
+    return [c.samples[i] for i in range(deepest) for c in crystals if i < len(c.samples)]
