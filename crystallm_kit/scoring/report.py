@@ -52,6 +52,7 @@ _SECTIONS = (
 )  # fmt: skip
 _NEEDED = ("schema", "created", "command", "versions", "settings", "protocols", "sets", "reference", "notes")
 _NEEDED_OF_SET = ("name", "n_requested", "funnel", "reasons", "scores", "distributions", "gallery", "rows")
+_NEEDED_OF_REFERENCE = ("name", "n", "distributions")
 _TONES = {"best": "good", "typical": "", "failure": "bad"}
 SIGNS = {"verified": "✓", "local": "§", "recalled": "†", "measured": "◆"}
 
@@ -93,8 +94,15 @@ def read_report(folder: str | Path) -> dict[str, Any]:
     _check(report, _NEEDED, str(path))
     if not report["sets"]:
         raise ReadError(f"{path}: no sets, so nothing to show")
+    if report["reference"] is not None:
+        _check(report["reference"], _NEEDED_OF_REFERENCE, f"{path}: reference")
     for one in report["sets"]:
-        _check(one, _NEEDED_OF_SET, f"{path}: set '{one.get('name', '?')}'")
+        where = f"{path}: set '{one.get('name', '?')}'"
+        _check(one, _NEEDED_OF_SET, where)
+        for score in one["scores"]:
+            _check(score, ("name", "value", "unit"), f"{where}: a score")
+        for item in one["gallery"]:
+            _check(item, ("id", "kind"), f"{where}: a structure of the gallery")
     return report
 
 

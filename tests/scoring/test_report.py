@@ -319,6 +319,9 @@ def test_a_folder_without_a_run_says_what_was_expected(tmp_path):
         (lambda r: r.pop("versions"), "lacks versions"),
         (lambda r: r.update(sets=[]), "no sets"),
         (lambda r: r["sets"][1].pop("scores"), "set 'the kit': lacks scores"),
+        (lambda r: r["sets"][1]["scores"][0].pop("value"), "set 'the kit': a score: lacks value"),
+        (lambda r: r["sets"][0]["gallery"][0].pop("kind"), "structure of the gallery: lacks kind"),
+        (lambda r: r["reference"].pop("n"), "reference: lacks n"),
     ],
 )
 def test_a_report_that_lacks_something_says_what(small_run, change, said):
