@@ -17,9 +17,23 @@ import numpy as np
 from crystallm_kit.scores.matcher_lattice import NEAR, Array, kernel
 from crystallm_kit.scores.matcher_ties import bound_of, over_assignments, shortest_images, spread_of
 
-_APART = 1e20  # the cost of what must not be paired
+APART = 1e20  # the cost of what must not be paired
 
-Room = tuple[Array, Array, Array, Array]
+Room = tuple[Array, Array, Array, Array, Array, Array, Array]
+
+
+@kernel
+def room_for(n: int) -> Room:
+    """Return the arrays that `site_distance` works in, for n sites."""
+    return (
+        np.empty((n, n, 3)),  # shortest vectors
+        np.empty((n, n)),  # their squares
+        np.empty((n, n), np.int8),  # 1: another image is as short, 2: rounding decides if it is allowed
+        np.empty((n, n), np.bool_),  # pairs without reduced cost
+        np.empty(n, np.int64),  # partners
+        np.empty(n, np.bool_),  # loose sites
+        np.empty((n, 3)),  # vectors to the partners
+    )
 
 
 @kernel
@@ -46,40 +60,47 @@ def site_distance(
         farthest: Pairs farther than this along a reciprocal vector are not looked at.
         is_close: Whether rounding chose the basis, and so which of the far pairs count.
         starts, ends: (N,) the sites of the same element.
-        room: (N, N, 3) float, (N, N) float, (N, N) int8, (N, N) bool, to work in.
-        needed: Bounds that are larger need not be good.
+        room: From `room_for`.
+        needed: Distances that are larger may come back as infinite.
         is_rms: RMS distance, or the largest.
 
     Returns:
         low -1: anything is possible.
     """
-    vectors, cost, tied, free = room
+    vectors, cost, tied, free, partner, loose, chosen = room
     n = moved.shape[0]
-    radius = 0.5 / reach.max()  # a nearer image is the only nearest one: half the smallest plane spacing
-    certain = radius * radius * (1 - 1e-9)
-    partner = np.empty(n, np.int64)
-    loose = np.zeros(n, np.bool_)
+    radius = 0.5 / max(reach[0], reach[1], reach[2])  # half the smallest distance of lattice planes:
+    certain = radius * radius * (1 - 1e-9)  # a nearer image is the only nearest one
+    enough = needed * needed * n * (1 + NEAR)
+    far = farthest * farthest * (1 - NEAR)
+    any_loose = False
+    x, y, z, squares = 0.0, 0.0, 0.0, 0.0
     i = 0
     while i < n:
         begin, end = starts[i], ends[i]
         for row in range(begin, end):
+            loose[row] = False
             if not _row(moved, own, basis, reach, farthest, certain, row, begin, end, room):
                 return (-1.0 if is_close else np.inf), np.inf
-        if not _partners(cost, begin, end, partner, loose, free):
+        answer = _partners(cost, begin, end, partner, loose, free, far if is_close else np.inf)
+        if answer != 1:
             return (-1.0 if is_close else np.inf), np.inf
+        for row in range(begin, end):
+            other = partner[row]
+            square = cost[row, other]
+            if tied[row, other] == 2 or (is_close and square > far):
+                return -1.0, np.inf  # a far pair that may not be allowed: then all may be another
+            if tied[row, other] == 1:
+                loose[row] = True
+            any_loose = any_loose or loose[row]
+            for axis in range(3):
+                chosen[row, axis] = vectors[row, other, axis]
+            x, y, z = x + chosen[row, 0], y + chosen[row, 1], z + chosen[row, 2]
+            squares += square
+        # the sum of squares about the mean only grows with more sites
+        if not any_loose and squares - (x * x + y * y + z * z) / end > enough:
+            return np.inf, np.inf
         i = end
-    any_loose = False
-    for i in range(n):
-        square = cost[i, partner[i]]
-        if tied[i, partner[i]] == 2 or (is_close and square > farthest * farthest * (1 - NEAR)):
-            return -1.0, np.inf  # a far pair that may not be allowed: then all may be another
-        if tied[i, partner[i]] == 1:
-            loose[i] = True
-        any_loose = any_loose or loose[i]
-    chosen = np.empty((n, 3))
-    for i in range(n):
-        for axis in range(3):
-            chosen[i, axis] = vectors[i, partner[i], axis]
     value = spread_of(chosen, is_rms)
     if not any_loose:
         return value, value
@@ -103,79 +124,86 @@ def _row(
     room: Room,
 ) -> bool:
     """Fill in the shortest vectors from one site to those of its element; return whether one is allowed."""
-    vectors, cost, tied, _ = room
+    vectors, cost, tied = room[0], room[1], room[2]
     found = False
-    wrapped = np.empty(3)
     for j in range(begin, end):
         tied[row, j] = 0
-        cost[row, j] = _APART
-        allowed = True
-        for axis in range(3):
-            off = own[j, axis] - moved[row, axis]
-            off -= np.rint(off)
-            wrapped[axis] = off
-            excess = abs(off) - reach[axis] * farthest
-            if excess > NEAR:
-                allowed = False
-                break
-            if excess > -NEAR:
-                tied[row, j] = 2
-        if not allowed:
+        cost[row, j] = APART
+        a, b, c = own[j, 0] - moved[row, 0], own[j, 1] - moved[row, 1], own[j, 2] - moved[row, 2]
+        a, b, c = a - np.rint(a), b - np.rint(b), c - np.rint(c)
+        excess = max(abs(a) - reach[0] * farthest, abs(b) - reach[1] * farthest, abs(c) - reach[2] * farthest)
+        if excess > NEAR:
             continue
+        if excess > -NEAR:
+            tied[row, j] = 2
         found = True
-        square = 0.0
-        for axis in range(3):
-            value = wrapped[0] * basis[0, axis] + wrapped[1] * basis[1, axis] + wrapped[2] * basis[2, axis]
-            vectors[row, j, axis] = value
-            square += value * value
-        if square < certain:
-            cost[row, j] = square
-            continue
-        shortest, count = shortest_images(vectors[row, j, 0], vectors[row, j, 1], vectors[row, j, 2], basis)
-        for axis in range(3):
-            vectors[row, j, axis] = shortest[0, axis]
-        cost[row, j] = shortest[0, 0] ** 2 + shortest[0, 1] ** 2 + shortest[0, 2] ** 2
-        if count > 1 and tied[row, j] == 0:
-            tied[row, j] = 1
+        x = a * basis[0, 0] + b * basis[1, 0] + c * basis[2, 0]
+        y = a * basis[0, 1] + b * basis[1, 1] + c * basis[2, 1]
+        z = a * basis[0, 2] + b * basis[1, 2] + c * basis[2, 2]
+        square = x * x + y * y + z * z
+        if square >= certain:
+            images, count = shortest_images(x, y, z, basis)
+            x, y, z = images[0, 0], images[0, 1], images[0, 2]
+            square = x * x + y * y + z * z
+            if count > 1 and tied[row, j] == 0:
+                tied[row, j] = 1
+        vectors[row, j, 0], vectors[row, j, 1], vectors[row, j, 2] = x, y, z
+        cost[row, j] = square
     return found
 
 
 @kernel
-def _partners(cost: Array, begin: int, end: int, partner: Array, loose: Array, free: Array) -> bool:
+def _partners(
+    cost: Array, begin: int, end: int, partner: Array, loose: Array, free: Array, far: float
+) -> int:
     """Assign the sites of one element, and mark those of which another assignment is as good.
 
-    Returns whether there is an assignment.
+    Args:
+        far: The square of a distance beyond which rounding decides what is allowed.
+
+    Returns:
+        0: there is no assignment; 1: it is found; 2: with a far pair that is left out here it may be another.
     """
     n = end - begin
     if n == 1:
         partner[begin] = begin
-        return True
+        return 1
+    # mostly each site has a nearest of its own, and no other is nearly as near
+    distinct, is_open = True, False
+    for i in range(begin, end):
+        best, second = APART, APART
+        for j in range(begin, end):
+            if cost[i, j] < best:
+                best, second = cost[i, j], best
+                partner[i] = j
+            elif cost[i, j] < second:
+                second = cost[i, j]
+        is_open = is_open or second - best < NEAR
+        for k in range(begin, i):
+            distinct = distinct and partner[k] != partner[i]
+    if distinct and not is_open:
+        return 1
     row_dual = np.empty(n)
     column_dual = np.zeros(n)
-    taken = np.zeros(n, np.bool_)
-    distinct = True
     for i in range(n):
-        best = _APART
-        for j in range(n):
-            if cost[begin + i, begin + j] < best:
-                best = cost[begin + i, begin + j]
-                partner[begin + i] = begin + j
-        row_dual[i] = best
-        if taken[partner[begin + i] - begin]:
-            distinct = False
-        taken[partner[begin + i] - begin] = True
+        row_dual[i] = cost[begin + i, partner[begin + i]]
     if not distinct and not _assign(cost, begin, n, partner, row_dual, column_dual):
-        return False
+        return 0
+    if not distinct:
+        for i in range(n):
+            for j in range(n):
+                if cost[begin + i, begin + j] == APART and far - row_dual[i] - column_dual[j] < NEAR:
+                    return 2
     # another assignment is as good only if there is a cycle of pairs without reduced cost
     is_open = False
     for i in range(n):
         for j in range(n):
             r, c = begin + i, begin + j
-            free[r, c] = cost[r, c] < _APART and cost[r, c] - row_dual[i] - column_dual[j] < NEAR
+            free[r, c] = cost[r, c] < APART and cost[r, c] - row_dual[i] - column_dual[j] < NEAR
             is_open = is_open or (free[r, c] and c != partner[r])
     if is_open:
         _mark_cycles(free, begin, n, partner, loose)
-    return True
+    return 1
 
 
 @kernel
@@ -225,7 +253,7 @@ def _assign(cost: Array, begin: int, n: int, partner: Array, row_dual: Array, co
             for j in range(n - 1, -1, -1):
                 if seen_column[j]:
                     continue
-                if cost[begin + i, begin + j] < _APART:
+                if cost[begin + i, begin + j] < APART:
                     reduced = least + cost[begin + i, begin + j] - row_dual[i] - column_dual[j]
                     if reduced < shortest[j]:
                         path[j] = i

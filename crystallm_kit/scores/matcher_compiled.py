@@ -37,7 +37,7 @@ def _entries(digest: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def reduce_cell(numbers: Array, ranks: Array, lattice: Array, fractional: Array) -> Cell:
         _ = digest  # makes it part of the function, and so of the name in the cache
-        return reduced_cell(numbers, ranks, lattice, fractional)  # type: ignore[no-any-return]
+        return reduced_cell(numbers, ranks, lattice, fractional)
 
     @njit(cache=True, nogil=True, error_model="numpy")  # type: ignore[untyped-decorator]
     def match(
@@ -45,9 +45,7 @@ def _entries(digest: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
         length: float, site: float, angle: float, is_rms: bool,
     ) -> tuple[int, float]:  # fmt: skip
         _ = digest
-        return match_cells(  # type: ignore[no-any-return]
-            z1, l1, f1, z2, l2, f2, length, site, angle, is_rms
-        )
+        return match_cells(z1, l1, f1, z2, l2, f2, length, site, angle, is_rms)
 
     return reduce_cell, match
 

@@ -21,7 +21,7 @@ import math
 
 import numpy as np
 
-from crystallm_kit.scores.matcher_assignment import site_distance
+from crystallm_kit.scores.matcher_assignment import Room, room_for, site_distance
 from crystallm_kit.scores.matcher_lattice import (
     NEAR,
     Array,
@@ -32,6 +32,7 @@ from crystallm_kit.scores.matcher_lattice import (
     kernel,
     lengths_of,
     lll_reduced,
+    multiply,
     points_in_sphere,
     product,
     spacings,
@@ -119,10 +120,11 @@ def match_cells(
         return UNCERTAIN, -2.0
 
     best, doubtful = np.inf, np.inf
-    room = (np.empty((n, n, 3)), np.empty((n, n)), np.empty((n, n), np.int8), np.empty((n, n), np.bool_))
+    room = room_for(n)
     scale = np.empty((3, 3))
     mapped = np.empty((3, 3))
-    moved = np.empty((n, 3))
+    own, moved, shifted = np.empty((n, 3)), np.empty((n, 3)), np.empty((n, 3))
+    turned_1, turned_2 = np.empty((n, 3)), np.empty((n, 3))
     for a in range(rows_a.shape[0]):
         for b in range(rows_b.shape[0]):
             if not gamma[a, b]:
@@ -139,7 +141,7 @@ def match_cells(
                     mapped[2, axis] = cart[rows_c[c], axis]
                 if abs(abs(determinant(scale)) - 1) > 0.5:
                     continue
-                own = product(f1, inverse(scale))  # scale @ cell_1 is the mapped cell
+                multiply(f1, inverse(scale), own)  # scale @ cell_1 is the mapped cell
                 for i in range(n):
                     for axis in range(3):
                         own[i, axis] -= math.floor(own[i, axis])
@@ -149,24 +151,29 @@ def match_cells(
                 allowed = spacings(mean)
                 for axis in range(3):
                     allowed[axis] *= farthest
-                basis, turn, reach, ties = mean, mean, allowed, -1
+                all_near = min(allowed[0], allowed[1], allowed[2]) > 0.5 + NEAR
+                basis, reach, ties = mean, allowed, -1
                 for first in range(starts[origin], ends[origin]):
-                    for i in range(n):
-                        for axis in range(3):
-                            moved[i, axis] = f2[i, axis] + (own[first, axis] - f2[origin, axis])
-                    near = _is_near(moved, own, allowed, starts, ends)
+                    near = MATCH
+                    if not all_near:
+                        _shift(f2, origin, own, first, moved)
+                        near = _is_near(moved, own, allowed, starts, ends)
                     if near == NO_MATCH:
                         continue
                     if ties < 0:
                         basis, mapping, ties = lll_reduced(mean, -1)
                         turn = inverse(mapping)
+                        multiply(own, turn, turned_1)
+                        multiply(f2, turn, turned_2)
                         reach = spacings(basis)
+                    _shift(turned_2, origin, turned_1, first, shifted)
                     needed = min(best, site_tolerance) / normal
                     low, high = site_distance(
-                        product(moved, turn), product(own, turn), basis, reach,
+                        shifted, turned_1, basis, reach,
                         farthest, ties > 0, starts, ends, room, needed, is_rms,
                     )  # fmt: skip
                     if low < 0 and ties > 0:
+                        _shift(f2, origin, own, first, moved)
                         low, high = _over_bases(
                             mean, moved, own, farthest, starts, ends, room, needed, is_rms
                         )
@@ -186,6 +193,15 @@ def match_cells(
     if abs(best - site_tolerance) < NEAR or doubtful < min(best, site_tolerance + NEAR) - _SAME:
         return UNCERTAIN, doubtful
     return (MATCH if best < site_tolerance else NO_MATCH), best
+
+
+@kernel
+def _shift(sites: Array, origin: int, onto: Array, first: int, out: Array) -> None:
+    """Move sites so that the site `origin` lies on the site `first` of others."""
+    for axis in range(3):
+        step = onto[first, axis] - sites[origin, axis]
+        for i in range(sites.shape[0]):
+            out[i, axis] = sites[i, axis] + step
 
 
 @kernel
@@ -242,7 +258,7 @@ def _over_bases(
     farthest: float,
     starts: Array,
     ends: Array,
-    room: tuple[Array, Array, Array, Array],
+    room: Room,
     needed: float,
     is_rms: bool,
 ) -> tuple[float, float]:

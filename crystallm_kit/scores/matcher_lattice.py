@@ -12,7 +12,8 @@ Sources: pymatgen-core 2026.10.16, core/lattice.py, optimization/neighbors.pyx (
 """
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numba import njit
@@ -23,8 +24,16 @@ _SMALLEST_SPHERE = 1.0
 _MOST_POINTS = 4_000_000.0  # of a lattice in a sphere: cells beyond are needles
 
 Array = Any  # numba arrays
-# Not cached here: numba does not see changes in other files; matcher_compiled.py caches the two entries.
-kernel = njit(nogil=True, error_model="numpy")
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def kernel(function: Function) -> Function:
+    """Compile a function of the matcher where another one calls it.
+
+    It is not cached by itself, as numba sees no changes in other files: matcher_compiled.py caches the
+    entries.
+    """
+    return cast(Function, njit(nogil=True, error_model="numpy")(function))
 
 
 @kernel
@@ -92,10 +101,16 @@ def spacings(matrix: Array) -> Array:
 def product(a: Array, b: Array) -> Array:
     """Return a (N, 3) times b (3, 3)."""
     out = np.empty((a.shape[0], 3))
+    multiply(a, b, out)
+    return out
+
+
+@kernel
+def multiply(a: Array, b: Array, out: Array) -> None:
+    """Set out to a (N, 3) times b (3, 3)."""
     for i in range(a.shape[0]):
         for j in range(3):
             out[i, j] = a[i, 0] * b[0, j] + a[i, 1] * b[1, j] + a[i, 2] * b[2, j]
-    return out
 
 
 @kernel

@@ -108,6 +108,15 @@ def real_pairs(pool: Pool, count: int, *, seed: int = 0) -> Iterator[Pair]:
         yield Pair(kind, first, second)
 
 
+def candidates_of(truth: Structure, pool: Pool, rng: np.random.Generator, *, count: int) -> list[Structure]:
+    """Return what a generator might offer for a formula: half of it prototypes, half the perturbed truth."""
+    size = _prototype(truth)
+    by_prototype = {size: [one for one in pool.known if _prototype(one) == size]}
+    others = [_substituted(truth, by_prototype, rng) for _ in range(count // 2)]
+    found = [one for one in others if one is not None]
+    return found + [perturbed(truth, rng) for _ in range(count - len(found))]
+
+
 def perturbed(structure: Structure, rng: np.random.Generator) -> Structure:
     """Return the crystal with moved atoms, a strained, perhaps other or larger cell, and another origin."""
     if rng.random() < 0.3:

@@ -75,6 +75,9 @@ def reduced_cell(
     Returns:
         DONE, UNCERTAIN or NO_CELL; numbers (K,), lattice (3, 3), fractional (K, 3).
     """
+    for i in range(numbers.shape[0]):
+        if not np.isfinite(fractional[i, 0] + fractional[i, 1] + fractional[i, 2]):
+            return NO_CELL, numbers, lattice, fractional
     status, lattice, fractional = _reduced_structure(lattice, fractional)
     if status != DONE:
         return status, numbers, lattice, fractional

@@ -182,17 +182,13 @@ def over_assignments(
 def spread_of(chosen: Array, is_rms: bool) -> float:
     """Return the RMS or largest length of vectors (N, 3) without their mean."""
     n = chosen.shape[0]
-    mean = np.zeros(3)
+    x, y, z = 0.0, 0.0, 0.0
     for i in range(n):
-        for axis in range(3):
-            mean[axis] += chosen[i, axis]
-    for axis in range(3):
-        mean[axis] /= n
+        x, y, z = x + chosen[i, 0], y + chosen[i, 1], z + chosen[i, 2]
+    x, y, z = x / n, y / n, z / n
     total, largest = 0.0, 0.0
     for i in range(n):
-        square = 0.0
-        for axis in range(3):
-            square += (chosen[i, axis] - mean[axis]) ** 2
+        square = (chosen[i, 0] - x) ** 2 + (chosen[i, 1] - y) ** 2 + (chosen[i, 2] - z) ** 2
         total += square
         largest = max(largest, square)
     return math.sqrt(total / n) if is_rms else math.sqrt(largest)
