@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pymatgen.core import Composition, Element
 
 from crystallm_kit.errors import ReadError, UserError
 from crystallm_kit.scores.novelty import select_possible
@@ -166,6 +167,16 @@ class NoveltyIndex:
     def find_all(self, form: Reduced, tolerances: Tolerances, *, form_is_second: bool = False) -> list[str]:
         """Return the ids of all entries that are the same crystal, in the order of adding."""
         return list(self._matches(form, tolerances, None, form_is_second))
+
+    def entries(self, formula: str) -> Iterator[tuple[str, Reduced]]:
+        """Yield id and form of every entry of a reduced formula, in the order of adding."""
+        for shard in self._shards:
+            low, high = shard.range_of(formula)
+            for row in (low + np.argsort(shard.sections["positions"][low:high])).tolist():
+                found, n = np.unique(shard.numbers(row), return_counts=True)
+                composition = Composition(dict(zip(map(Element.from_Z, found), n.tolist(), strict=True)))
+                if composition.reduced_formula == formula:  # else two formulas of one hash
+                    yield shard.id(row), shard.form(row, formula)
 
     def has_formula(self, formula: str) -> bool:
         """Tell whether any entry has this reduced formula."""
