@@ -18,8 +18,6 @@ from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any
 
-from crystallm_kit.errors import MissingExtra
-
 _VIEWER = ("elements.js", "crystal.js", "viewer.js")
 _LIBRARY = "3dmol-2.5.5.min.js"
 _IMPORT = re.compile(r"^import .*;\n", re.MULTILINE)
@@ -53,14 +51,9 @@ def document(template: str, *, title: str, with_structures: bool, **content: Any
         title: Of the page.
         with_structures: Carry 3Dmol.js (half a megabyte) and the viewer.
         content: What the template asks for.
-
-    Raises:
-        MissingExtra: If jinja2 is not installed.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise MissingExtra.of("the report", "jinja2", "report") from error
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_template),
         autoescape=True,

@@ -65,7 +65,6 @@ def write_report(folder: str | Path) -> Path:
 
     Raises:
         ReadError: If report.json is missing, is no JSON, of another schema or lacks what the page needs.
-        MissingExtra: If jinja2 is not installed.
     """
     folder = Path(folder)
     path = folder / REPORT_HTML

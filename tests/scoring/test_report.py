@@ -4,14 +4,13 @@ import base64
 import hashlib
 import json
 import re
-import sys
 from html.parser import HTMLParser
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from crystallm_kit.errors import MissingExtra, ReadError
+from crystallm_kit.errors import ReadError
 from crystallm_kit.scoring.failed_rows import MOST
 from crystallm_kit.scoring.published import rows_for_report
 from crystallm_kit.scoring.report import write_report
@@ -334,12 +333,6 @@ def test_a_report_that_is_no_json_object_is_refused(tmp_path, text):
     (tmp_path / "report.json").write_text(text)
     with pytest.raises(ReadError, match=r"report\.json"):
         write_report(tmp_path)
-
-
-def test_without_jinja2_the_command_that_installs_it_is_named(small_run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'crystallm-kit\[report\]'"):
-        write_report(small_run())
 
 
 # ---------------------------------------------------------------- words
