@@ -13,17 +13,21 @@ from numpy.typing import NDArray
 
 from crystallm_kit.scores.funnel import STAGES as GATES
 from crystallm_kit.scores.funnel import stage_of
+from crystallm_kit.scores.stability_scores import METASTABLE_EV
 from crystallm_kit.scoring.scene import Scene
 from crystallm_kit.scoring.view import Floats, View
 
+_MOST_POINTS = 2000  # of a picture
 _N_BEST, _N_TYPICAL, _N_FAILURES = 6, 6, 9
 _BINS = 40
+_HULL_BINS = (-0.2, 0.8)  # eV/atom
 # Quantity -> column of the checks, unit; of numbers.
 _NUMERIC = {
     "density_g_cm3": "g/cm3",
     "volume_per_atom_angstrom3": "angstrom^3",
     "n_sites": "",
 }
+HULL_DISTANCE = "hull_distance_ev_per_atom"
 _CATEGORIES = ("n_elements", "spacegroup_number", "crystal_system")
 _MEASURES = ("density_g_cm3", "volume_per_atom_angstrom3", "nearest_distance_angstrom", "n_sites")
 
@@ -45,9 +49,12 @@ def funnel(scene: Scene) -> tuple[list[tuple[str, int]], dict[str, int]]:
     known = scene.known("default")
     if known is not None:
         counts.append(("novel", int((scene.unique("kit") & ~known).sum())))
+        if scene.relaxation is not None:
+            distance = scene.samples.floats("stability", HULL_DISTANCE)
+            stable = scene.unique("kit") & ~known & (distance <= METASTABLE_EV)
+            counts.append(("metastable", int(stable.sum())))
     found = Counter(reason for reason in reasons if reason is not None)
-    found["duplicate"] = counts[-2 if known is not None else -1][1]
-    n_copies = int(scene.check("kit.valid").sum()) - found.pop("duplicate")
+    n_copies = int((scene.check("kit.valid") & ~scene.unique("kit")).sum())
     if n_copies:
         found["duplicate"] = n_copies
     return counts, dict(found.most_common())
@@ -84,6 +91,14 @@ def distributions(view: View, edges: Mapping[str, Sequence[float]]) -> dict[str,
             bins = np.array(edges[name])
             counts, _ = np.histogram(np.clip(_finite(view, name), bins[0], bins[-1]), bins)
             found[name] = {"kind": "numeric", "unit": unit, "edges": bins.tolist(), "counts": counts.tolist()}
+    if view.has("stability"):
+        values = view.floats("stability", HULL_DISTANCE)
+        values = values[np.isfinite(values)]
+        bins = np.linspace(_HULL_BINS[0], _HULL_BINS[1], _BINS + 1).round(6)
+        counts, _ = np.histogram(np.clip(values, *_HULL_BINS), bins)
+        found[HULL_DISTANCE] = {
+            "kind": "numeric", "unit": "eV/atom", "edges": bins.tolist(), "counts": counts.tolist(),
+        }  # fmt: skip
     for name in _CATEGORIES:
         column = view.column("checks", name)
         labels = (
@@ -155,6 +170,17 @@ def _failures(reasons: Sequence[str | None]) -> list[int]:
 
 def parities(scene: Scene) -> list[dict[str, Any]]:
     """Return pairs of what was asked and what came out, of properties that are measured on a structure."""
+    shown = []
+    if scene.relaxation is not None:
+        before = scene.samples.floats("stability", "submitted_hull_distance_ev_per_atom")
+        after = scene.samples.floats("stability", HULL_DISTANCE)
+        at = np.flatnonzero(np.isfinite(before) & np.isfinite(after))[:_MOST_POINTS]
+        if len(at):
+            shown.append({
+                "title": "Hull distance as submitted and relaxed", "x_label": "as submitted",
+                "y_label": "relaxed", "unit": "eV/atom", "x": before[at].round(4).tolist(),
+                "y": after[at].round(4).tolist(),
+            })  # fmt: skip
     asked: list[float] = []
     found: list[float] = []
     density: NDArray[np.float64] = scene.samples.floats("checks", "density_g_cm3")
@@ -163,9 +189,9 @@ def parities(scene: Scene) -> list[dict[str, Any]]:
         if wanted and wanted.get("low") == wanted.get("high") is not None and np.isfinite(density[i]):
             asked.append(float(wanted["low"]))
             found.append(float(density[i]))
-    if not asked:
-        return []
-    return [{
-        "title": "Density asked for and found", "x_label": "asked for", "y_label": "found", "unit": "g/cm3",
-        "x": asked, "y": found,
-    }]  # fmt: skip
+    if asked:
+        shown.append({
+            "title": "Density asked for and found", "x_label": "asked for", "y_label": "found",
+            "unit": "g/cm3", "x": asked[:_MOST_POINTS], "y": found[:_MOST_POINTS],
+        })  # fmt: skip
+    return shown

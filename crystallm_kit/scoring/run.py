@@ -344,7 +344,7 @@ class _Runner:
         for result in _results(waiting):
             step.advance(result["n"])
             seconds.update({name: found["seconds"] for name, found in result["stages"].items()})
-        new = f" ({', '.join(f'{k} {v:.1f} s' for k, v in seconds.items())} of work)" if seconds else ""
+        new = f" ({', '.join(f'{k} {v:.1f} s' for k, v in seconds.items())} of computing)" if seconds else ""
         step.done(f"{n:,} entries{new}")
         view = View(one.name, folders, n)
         for name in folders:
