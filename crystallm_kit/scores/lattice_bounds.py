@@ -42,14 +42,14 @@ def may_match(
         seconds: (M, 3, 3) its second arguments; all of as many sites as the first.
         tolerances: The matcher's.
     """
-    return _allowed(minima(first[None]), lengths(seconds), tolerances)
+    return allowed(minima(first[None]), lengths(seconds), tolerances)
 
 
 def may_match_as_first(
     firsts: NDArray[np.float64], second: NDArray[np.float64], tolerances: Tolerances
 ) -> NDArray[np.bool_]:
     """Tell the same with the roles exchanged: (M, 3, 3) first arguments, one (3, 3) second."""
-    return _allowed(minima(firsts), lengths(second[None]), tolerances)
+    return allowed(minima(firsts), lengths(second[None]), tolerances)
 
 
 def lengths(lattices: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -72,10 +72,16 @@ def minima(lattices: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.where(reduced[:, None], np.sqrt(squares) / scale[:, None], 0.0)
 
 
-def _allowed(
+def allowed(
     shortest: NDArray[np.float64], given: NDArray[np.float64], tolerances: Tolerances
 ) -> NDArray[np.bool_]:
-    """Compare the minima of first arguments with the lengths of second ones; rows, or one for all."""
+    """Tell which may match from the minima of first arguments and the lengths of second ones.
+
+    Args:
+        shortest: (M, 3) or (1, 3), of the first arguments.
+        given: (M, 3) or (1, 3), of the second ones.
+        tolerances: The matcher's.
+    """
     short_enough: NDArray[np.bool_] = shortest < (1 + tolerances.length) * (1 + _MARGIN) * given
-    allowed: NDArray[np.bool_] = np.logical_and.reduce(short_enough, axis=1)
-    return allowed
+    result: NDArray[np.bool_] = np.logical_and.reduce(short_enough, axis=1)
+    return result

@@ -33,7 +33,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crystallm_kit.errors import UserError
-from crystallm_kit.scores.lattice_bounds import may_match, may_match_as_first
+from crystallm_kit.scores.lattice_bounds import (
+    allowed,
+    lengths,
+    may_match,
+    may_match_as_first,
+    minima,
+)
 from crystallm_kit.scores.structure_matcher import Reduced, Tolerances, fit
 
 Bucket = Literal["reduced_formula", "cell_formula"]
@@ -62,14 +68,14 @@ def first_copies(
     """
     kept: dict[Hashable, list[int]] = {}
     copies: list[int | None] = []
+    bounds = _Bounds(forms)
     for i, form in enumerate(forms):
         if form is None:
             copies.append(None)
             continue
         key = (form.formula, len(form.numbers), _cell_formula(i, forms, bucket, cell_formulas))
         earlier = kept.setdefault(key, [])
-        candidates = _possible(form, earlier, forms, tolerances)
-        first = next((j for j, other in candidates if fit(form, other, tolerances)), None)
+        first = next(bounds.matches(i, earlier, tolerances), None)
         copies.append(first)
         if first is None:
             earlier.append(i)
@@ -82,34 +88,23 @@ def later_copies(forms: Sequence[Reduced | None], tolerances: Tolerances) -> lis
     This is LeMat-GenBench's rule: a structure counts as unique if no later one of the set is equivalent, kept
     or not, with the earlier one as the matcher's first argument. None forms give None.
     """
-    later: dict[Hashable, list[int]] = {}
-    for i, form in enumerate(forms):
-        if form is not None:
-            later.setdefault((form.formula, len(form.numbers)), []).append(i)
     found: list[int | None] = [None] * len(forms)
-    for members in later.values():
+    bounds = _Bounds(forms)
+    for members in _buckets(forms):
         for place, i in enumerate(members[:-1]):
-            form = forms[i]
-            if form is not None:
-                candidates = _possible(form, members[place + 1 :], forms, tolerances)
-                found[i] = next((j for j, other in candidates if fit(form, other, tolerances)), None)
+            found[i] = next(bounds.matches(i, members[place + 1 :], tolerances), None)
     return found
 
 
 def duplicate_pairs(forms: Sequence[Reduced | None], tolerances: Tolerances) -> int:
     """Return how many ordered pairs of different members match: matbench-genmetrics' count of repeats."""
-    buckets: dict[Hashable, list[int]] = {}
-    for i, form in enumerate(forms):
-        if form is not None:
-            buckets.setdefault((form.formula, len(form.numbers)), []).append(i)
-    count = 0
-    for members in buckets.values():
-        for i in members:
-            form, others = forms[i], [j for j in members if j != i]
-            if form is not None and others:
-                candidates = _possible(form, others, forms, tolerances)
-                count += sum(fit(form, other, tolerances) for _, other in candidates)
-    return count
+    bounds = _Bounds(forms)
+    return sum(
+        1
+        for members in _buckets(forms)
+        for i in members
+        for _ in bounds.matches(i, [j for j in members if j != i], tolerances)
+    )
 
 
 def select_possible(
@@ -127,15 +122,33 @@ def select_possible(
     return np.flatnonzero(may_match(form.lattice, lattices, tolerances))
 
 
-def _possible(
-    form: Reduced, indices: Sequence[int], forms: Sequence[Reduced | None], tolerances: Tolerances
-) -> Iterator[tuple[int, Reduced]]:
-    """Yield the forms of a bucket that may be the second argument of a match, in order."""
-    others = [(j, other) for j in indices if (other := forms[j]) is not None]
-    if len(others) > _FEW:
-        lattices = np.array([other.lattice for _, other in others])
-        others = [others[row] for row in select_possible(form, lattices, tolerances)]
-    yield from others
+class _Bounds:
+    """The forms of a set, with what lattice_bounds.py needs of them, worked out once."""
+
+    def __init__(self, forms: Sequence[Reduced | None]) -> None:
+        self._forms = forms
+        lattices = np.array([np.eye(3) if form is None else form.lattice for form in forms]).reshape(-1, 3, 3)
+        self._minima, self._lengths = minima(lattices), lengths(lattices)
+
+    def matches(self, i: int, others: Sequence[int], tolerances: Tolerances) -> Iterator[int]:
+        """Yield which of the others, of as many sites, match form i as second arguments, in order."""
+        form = self._forms[i]
+        if len(others) > _FEW:
+            rows = np.array(others)
+            others = rows[allowed(self._minima[i : i + 1], self._lengths[rows], tolerances)].tolist()
+        for j in others:
+            other = self._forms[j]
+            if form is not None and other is not None and fit(form, other, tolerances):
+                yield j
+
+
+def _buckets(forms: Sequence[Reduced | None]) -> list[list[int]]:
+    """Return which forms have one formula and number of sites, in order."""
+    found: dict[Hashable, list[int]] = {}
+    for i, form in enumerate(forms):
+        if form is not None:
+            found.setdefault((form.formula, len(form.numbers)), []).append(i)
+    return list(found.values())
 
 
 def _cell_formula(
