@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from crystallm_kit.generation import generate, load_model
     from crystallm_kit.records import Conditions, Crystal, Sample, Verdict
     from crystallm_kit.scores.validity import validate
+    from crystallm_kit.scoring.run import score
     from crystallm_kit.structures.augmentation import AugmentationRecipe, augment
     from crystallm_kit.structures.files import read, write
     from crystallm_kit.text.words import understand
@@ -35,6 +36,7 @@ _HOMES = {
     "generate": "generation",
     "load_model": "generation",
     "read": "structures.files",
+    "score": "scoring.run",
     "understand": "text.words",
     "validate": "scores.validity",
     "write": "structures.files",
@@ -52,6 +54,7 @@ __all__ = [
     "generate",
     "load_model",
     "read",
+    "score",
     "understand",
     "validate",
     "write",

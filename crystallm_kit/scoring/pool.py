@@ -54,14 +54,21 @@ class Hand(Protocol):
 class Pool:
     """Up to `workers` hands, each started when there is work for it."""
 
-    def __init__(self, workers: int, *, hand: Callable[[], Hand] | None = None) -> None:
+    def __init__(
+        self,
+        workers: int,
+        *,
+        hand: Callable[[], Hand] | None = None,
+        at_end: Callable[[], None] | None = None,
+    ) -> None:
         """Make a pool.
 
         Args:
             workers: Tasks at a time.
             hand: Starts one; None: a process of this machine.
+            at_end: Called last.
         """
-        self.workers = workers
+        self.workers, self._at_end = workers, at_end
         self._start = hand or Worker
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="scoring")
         self._local = threading.local()
@@ -79,6 +86,8 @@ class Pool:
         self._threads.shutdown(wait=True)
         for hand in self._hands:
             hand.close()
+        if self._at_end is not None:
+            self._at_end()
 
     def submit(self, task: Task) -> "Future[Any]":
         """Return the future result of a task."""
@@ -261,7 +270,8 @@ def ray_pool(address: str) -> Pool:
         import ray
     except ImportError as error:
         raise MissingExtra.of("--ray", "ray", "ray") from error
-    if not ray.is_initialized():
+    is_ours = not ray.is_initialized()
+    if is_ours:
         try:
             ray.init(address=address, log_to_driver=False, include_dashboard=False, configure_logging=False)
         except (ConnectionError, ValueError, RuntimeError) as error:
@@ -287,4 +297,4 @@ def ray_pool(address: str) -> Pool:
         def close(self) -> None:
             """Nothing is held here."""
 
-    return Pool(max(1, cores), hand=Far)
+    return Pool(max(1, cores), hand=Far, at_end=ray.shutdown if is_ours else None)
