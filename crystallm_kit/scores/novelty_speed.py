@@ -181,18 +181,18 @@ def million(reference: Sequence[Path], folder: Path, options: argparse.Namespace
     hits = [_structure_of(forms[int(k)], rng, 0.02) for k in rng.integers(len(forms), size=_LOOKED_UP)]
     misses = [_structure_of(forms[int(k)], rng, 0.6) for k in rng.integers(len(forms), size=_LOOKED_UP)]
     for name, asked in (("moved by 0.02 angstrom", hits), ("moved by 0.6 angstrom", misses)):
-        whole, alone, found = [], [], 0
+        alone, whole, cpu, found = [], [], [], 0
         for structure in asked:
-            start = time.perf_counter()
+            start, processor = time.perf_counter(), time.process_time()
             form = reduced(structure)
             middle = time.perf_counter()
             found += index.find(form, TOLERANCES["default"]) is not None
-            alone.append(time.perf_counter() - middle)
             whole.append(time.perf_counter() - start)
-        _say(
-            f"look-up, {name}: {found} of {len(asked)} known; look-up alone {_spread(alone)}; "
-            f"from the structure {_spread(whole)}"
-        )
+            alone.append(time.perf_counter() - middle)
+            cpu.append(time.process_time() - processor)
+        _say(f"look-up, {name}: {found} of {len(asked)} known")
+        for what, seconds in (("alone", alone), ("from the structure", whole), ("the same, CPU", cpu)):
+            _say(f"  {what}: {_spread(seconds)}")
 
 
 def _entries(
