@@ -104,7 +104,8 @@ def write_library(library: TemplateLibrary, path: Path) -> None:
 
 def read_library(path: Path) -> TemplateLibrary:
     """Return the library of a file. Raises ValueError, KeyError, OSError or BadZipFile if it is none."""
-    with np.load(path, allow_pickle=False) as stored:
+    # opened here: numpy leaves a damaged file open
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
         data = {name: stored[name] for name in stored.files}
     if str(data["layout"]) != _LAYOUT:
         raise ValueError(f"{path}: layout {data['layout']}, expected {_LAYOUT}")

@@ -180,7 +180,8 @@ class TemplateLibrary:
         votes = np.exp(logs)
         n_shapes = int(shapes.max()) + 1
         total = np.stack([np.bincount(shapes, way, n_shapes) for way in votes])  # (P, S)
-        all_votes = float(total.sum())
+        _, entries, images = np.unique(family.entries, return_inverse=True, return_counts=True)
+        all_votes = float((votes / images[entries]).sum())  # a type's own symmetry gives each guess twice
         found: list[Guess] = []
         seen: set[tuple[int, frozenset[tuple[int, int]]]] = set()
         for place in np.argsort(-total, axis=None, kind="stable").tolist():

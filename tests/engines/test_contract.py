@@ -10,6 +10,7 @@ from crystallm_kit.errors import UnknownName, UserError
 from crystallm_kit.models.loading import load_model_folder
 from crystallm_kit.records import Conditions
 from crystallm_kit.structures.elements import SYMBOL
+from crystallm_kit.structures.templates import learn_templates
 from crystallm_kit.text.prompts import template_named
 from crystallm_kit.text.representation import representation
 from crystallm_kit.text.wyckoff import text_to_symmetric
@@ -20,6 +21,7 @@ NACL = compile_request(Conditions(formula={"Na": 1, "Cl": 1}, n_sites=2))
 PEROVSKITE = compile_request(Conditions(formula={"Ba": 1, "Ti": 1, "O": 3}, spacegroup_number=221))
 SAMPLING = Sampling(max_new_tokens=60, seed=7)
 ADAPTER = "toy.adapter"
+SALTS = [("Na", "Cl", 225, 5.64), ("K", "Br", 225, 6.60), ("Cs", "Cl", 221, 4.12), ("Cs", "I", 221, 4.57)]
 
 
 def mixed_prompts(n: int = 24, *, steerable: bool = True) -> list[Prompt]:
@@ -35,6 +37,10 @@ def mixed_prompts(n: int = 24, *, steerable: bool = True) -> list[Prompt]:
 
 # what vLLM warns of while it is imported is its own affair
 MARKS = {"vllm": [pytest.mark.filterwarnings("ignore")]}
+NEEDS_A_MODEL = {
+    "scripted": "a script has no adapters",
+    "template": "templates have no model, so no adapters",
+}
 
 
 @pytest.fixture(
@@ -46,6 +52,11 @@ def any_engine(request, toy_model, toy_adapter):
     if request.param == "scripted":
         texts = {p.text: ["Na1 Cl1 225\nNa a\nCl b\n5.64 end", "cut"] for p in mixed_prompts()}
         yield engine("scripted", texts)
+    elif request.param == "template":
+        texts = [f"{c}1 {a}1 {group}\n{c} a\n{a} b\n{x:.2f} end" for c, a, group, x in SALTS]
+        decode = representation("wyckoff").decode
+        perovskite = decode("Sr1 Ti1 O3 221\nSr a\nTi b\nO c\n3.91 end")
+        yield engine("template", learn_templates([*map(decode, texts), perovskite]))
     elif request.param == "transformers":
         model, tokenizer, _ = load_model_folder(toy_model)
         yield engine("transformers", model, tokenizer, batch_size=50, device="cpu", adapters=adapters)
@@ -66,8 +77,8 @@ def any_engine(request, toy_model, toy_adapter):
 
 @pytest.fixture
 def with_adapters(any_engine):
-    if any_engine.name == "scripted":
-        pytest.skip("a script has no adapters")
+    if any_engine.name in NEEDS_A_MODEL:
+        pytest.skip(NEEDS_A_MODEL[any_engine.name])
     return any_engine
 
 
@@ -77,7 +88,9 @@ def test_there_is_one_completion_for_each_prompt_in_order(any_engine):
     assert [c.prompt for c in completions] == [p.text for p in prompts]
     assert [c.index for c in completions] == list(range(24))
     assert {c.seed for c in completions} == {7}
-    assert {c.stop_reason for c in completions} <= {"stop", "length"}
+    # templates have no answer to what holds no composition, nor a third and fourth one to what has two
+    reasons = {"stop", "error"} if any_engine.name == "template" else {"stop", "length"}
+    assert {c.stop_reason for c in completions} <= reasons
 
 
 def test_the_same_seed_gives_the_same_completions(any_engine):
@@ -89,8 +102,9 @@ def test_the_same_seed_gives_the_same_completions(any_engine):
 
 
 def test_equal_prompts_are_answered_differently(any_engine):
-    texts = [c.text for c in any_engine.complete([Prompt(START)] * 20, SAMPLING)]
-    assert len(set(texts)) > (1 if any_engine.name == "scripted" else 15)
+    request = NACL if any_engine.name == "template" else None
+    texts = [c.text for c in any_engine.complete([Prompt(START, request=request)] * 20, SAMPLING)]
+    assert len(set(texts)) > (1 if any_engine.name in NEEDS_A_MODEL else 15)
 
 
 def test_nothing_asked_is_nothing_answered(any_engine):
