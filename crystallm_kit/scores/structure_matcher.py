@@ -19,7 +19,7 @@ Source: pymatgen-core 2026.10.16, core/structure_matcher.py.
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -80,7 +80,7 @@ def reduced(structure: Structure) -> Reduced:
             as long as others), for which there is no end of lattice points to look at.
     """
     numbers = np.array([_number_of(site) for site in structure], dtype=np.int16)
-    lattice = np.array(structure.lattice.matrix)
+    lattice = structure.lattice.matrix
     fractional = np.concatenate([site.frac_coords for site in structure]).reshape(-1, 3)
     return reduced_cell(numbers, lattice, fractional)
 
@@ -101,7 +101,12 @@ def reduced_cell(
     from crystallm_kit.scores.matcher_compiled import reduce_cell
     from crystallm_kit.scores.matcher_niggli import DONE, NO_CELL
 
-    status, found, cell, sites = reduce_cell(numbers, _ranks(), lattice, fractional)
+    own = (  # copies, as what comes back may be the same array
+        np.array(numbers, dtype=np.int16, order="C"),
+        np.array(lattice, dtype=np.float64, order="C"),
+        np.array(fractional, dtype=np.float64, order="C"),
+    )
+    status, found, cell, sites = reduce_cell(own[0], _ranks(), own[1], own[2])
     if status == DONE:
         return Reduced(_formula(numbers), found, cell, sites)
     if status == NO_CELL:
@@ -184,11 +189,19 @@ def _compare(first: Reduced, second: Reduced, tolerances: Tolerances, is_rms: bo
     return -1.0 if status == NO_MATCH else float(value)
 
 
-def _arrays(form: Reduced) -> Iterator[NDArray[Any]]:
-    """Yield the arrays as the compiled code knows them: writable (those of mapped files are not)."""
-    for array in (form.numbers, form.lattice, form.fractional):
-        flags = array.flags
-        yield array if flags.writeable and flags.c_contiguous else array.copy()
+def _arrays(form: Reduced) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    return _plain(form.numbers, np.int16), _plain(form.lattice), _plain(form.fractional)
+
+
+def _plain(array: NDArray[Any], kind: type[np.generic] = np.float64) -> NDArray[Any]:
+    """Return the array as compiled code knows it; that of a mapped file, or in another order, is a copy.
+
+    For any other type numba compiles everything once more.
+    """
+    flags = array.flags
+    if array.dtype == kind and flags.c_contiguous and flags.writeable:
+        return array
+    return np.array(array, dtype=kind, order="C")
 
 
 def _reduced_or_none(structure: Structure | None) -> Reduced | None:
