@@ -12,7 +12,7 @@ from crystallm_kit.errors import EmptyInput, ImpossibleRequest, UnknownName, Use
 from crystallm_kit.generation import load_model, ranked, stream
 from crystallm_kit.records import Conditions, Crystal, Range
 from crystallm_kit.scores.matching import match_rate, rms_distances
-from crystallm_kit.structures.files import read
+from crystallm_kit.structures.files import read, write
 from crystallm_kit.tokens.corpus import CorpusRecipe, prepare
 
 
@@ -217,3 +217,24 @@ def test_targets_that_are_no_numbers_are_refused(tmp_path):
         benchmark.main(
             ["conditioned", "--adapter", "bulk-modulus", "--targets", "50,stiff", "--out", str(tmp_path)]
         )
+
+
+def test_templates_are_measured_as_a_model_is_and_beside_one(target_file, tmp_path, monkeypatch, capsys):
+    """The targets are the library: each is its own template, so every one is matched by the first answer."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    known = tmp_path / "known.extxyz"
+    write(read(target_file), known)
+    given = ["predict", str(target_file), "--library", str(known)]
+    assert benchmark.main([*given, "--samples", "2", "--engine", "template"]) == 0
+    found = capsys.readouterr().out.splitlines()
+    assert [line.split(" (")[0].split() for line in found] == [["n=1", "as", "drawn", "100.0%"]]
+    assert benchmark.main([*given, "--samples", "1", "--with-template", "--batch-size", "16"]) == 0
+    found = [line.split(" (")[0].split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[1:-1] for line in found] == [
+        ["as", "drawn"],
+        ["ranked"],
+        ["template"],
+        ["template", "+", "model"],
+    ]
+    assert found[2][-1] == "100.0%"
+    assert found[3][-1] == "100.0%"

@@ -37,10 +37,12 @@ def pooled(by_template: Sequence[Sample], by_model: Sequence[Sample]) -> list[Sa
         by_template: As the template engine answered.
         by_model: As drawn, failures included: they count among the draws.
     """
-    drawn = sorted(by_model, key=lambda s: -s.log_probability if math.isfinite(s.log_probability) else 0.0)
+    drawn = sorted(
+        by_model, key=lambda s: -s.log_probability if math.isfinite(s.log_probability) else math.inf
+    )
     shares = [math.exp(s.log_probability) for s in by_template if s.structure is not None]
     candidates = [s for s in (*by_template, *drawn) if s.structure is not None]
-    shares += [1 / len(by_model)] * (len(candidates) - len(shares))
+    shares += [1 / max(len(by_model), 1)] * (len(candidates) - len(shares))
     structures = [s.structure if isinstance(s.structure, Structure) else None for s in candidates]
     crystals: list[_Crystal] = []
     for sample, share, form in zip(candidates, shares, reduce_many(structures), strict=True):
