@@ -19,6 +19,7 @@ import numpy as np
 from crystallm_kit.errors import EmptyInput
 from crystallm_kit.scores.matching import wilson
 
+_DRAWN_AT_ONCE = 2_000_000
 Better = Literal["higher", "lower", ""]
 
 
@@ -88,8 +89,11 @@ def mean(
     if not len(values):
         raise EmptyInput(f"{name}: nothing {over}, so no mean")
     array = np.asarray(values, dtype=np.float64)
-    drawn = np.random.default_rng(seed).integers(len(array), size=(n_draws, len(array)))
-    low, high = np.percentile(array[drawn].mean(axis=1), [2.5, 97.5])
+    generator, n = np.random.default_rng(seed), len(array)
+    at_once = max(1, _DRAWN_AT_ONCE // n)  # a million values drawn 1,000 times are 8 GB
+    blocks = [min(at_once, n_draws - start) for start in range(0, n_draws, at_once)]
+    means = [array[generator.integers(n, size=(size, n))].mean(axis=1) for size in blocks]
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return Score(
         name, float(array.mean()), unit, None, len(array), over, float(low), float(high), "bootstrap", better,
         note,

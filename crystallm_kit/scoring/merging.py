@@ -67,7 +67,7 @@ def _tables(
     ids: Sequence[Any],
     target_ids: Sequence[Any],
 ) -> Iterator[pa.Table]:
-    start = 0
+    start, reasons = 0, view.reasons()
     for number in range(len(parts_of(view.folders["read"]))):
         found = {s: pq.read_table(part_path(folder, number)) for s, folder in view.folders.items()}
         read = found.pop("read")
@@ -75,7 +75,7 @@ def _tables(
         start += read.num_rows
         columns: dict[str, Any] = {
             "id": read["id"], "index": read["index"], "set": pa.array([view.name] * read.num_rows),
-            "reason": pa.array(view.reasons()[at], pa.string()),
+            "reason": pa.array(reasons[at], pa.string()),
             "detail": pa.array(_details(read, found["checks"]), pa.string()),
             "trouble": pa.array(_troubles(found, read.num_rows), pa.string()),
             "properties": read["properties"], "conditions": read["conditions"],

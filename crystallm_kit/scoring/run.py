@@ -235,15 +235,16 @@ class _Runner:
         self.request, self.inputs, self.work = request, inputs, work
         self.pool, self.telling, self.protocols = pool, telling, protocols
         self.notes: list[str] = []
+        self._index = Path()
 
     def run(self, command: str) -> Outcome:
         """Do all steps."""
         reference = self._known_set("reference", self.request.reference)
         if reference is not None:
             step = self.telling.step("reference: index")
-            step.done(
-                f"{build_index(reference.folders['read'], reference.folders['forms'], self._index):,} in it"
-            )
+            read, forms = reference.folders["read"], reference.folders["forms"]
+            self._index = self.work / ".reference" / f"index-{forms.name}"
+            step.done(f"{build_index(read, forms, self._index):,} entries")
         targets = self._known_set("targets", self.request.targets)
         scored = [self._scored(one, reference, targets) for one in self.request.sets]
         for one in scored:
@@ -261,10 +262,6 @@ class _Runner:
         except MissingExtra as error:
             self.telling.say(f"no report.html: {error}")
         return Outcome(scored, report)
-
-    @property
-    def _index(self) -> Path:
-        return self.work / ".reference" / "index"
 
     def _known_set(self, name: str, files: tuple[Path, ...]) -> View | None:
         """Return the columns of a set of known crystals. Raises EmptyInput where none of it can be used."""
@@ -365,7 +362,8 @@ class _Runner:
             if view.has(stage) and rule.gate in STAGES[stage].schema.names
         }
         rules = [name for name, rule in RULES.items() if not rule.gate or rule.gate in gates]
-        folder = home / f"copies-{'-'.join(rules)}"
+        sources = sorted({view.folders["forms"].name, *(gate.name for gate in gates.values())})
+        folder = home / "-".join(["copies", *rules, *sources])
         step = self.telling.step(f"{what}: copies")
         step.expect(view.n)
         whole = folder / "buckets.json"

@@ -17,6 +17,8 @@ import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -104,9 +106,16 @@ class Asked:
     where: dict[str, Any] = field(default_factory=dict)
 
     def folder(self, work: Path) -> Path:
-        """Return where its parts are."""
-        plain = json.dumps([STAGES[self.stage].version, self.settings], sort_keys=True)
+        """Return where its parts are: elsewhere for other settings, other code, other libraries."""
+        stage = STAGES[self.stage]
+        versions = [stage.version, *(STAGES[name].version for name in stage.needs), *_library_versions()]
+        plain = json.dumps([versions, self.settings], sort_keys=True)
         return work / f"{self.stage}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
+
+
+@cache
+def _library_versions() -> tuple[str, ...]:
+    return tuple(version(name) for name in ("crystallm-kit", "pymatgen", "moyopy"))
 
 
 _FLOAT, _TRUTH, _TEXT, _WHOLE = pa.float64(), pa.bool_(), pa.string(), pa.int32()
