@@ -15,6 +15,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from multiprocessing import get_context
 from typing import Any, TypeVar
@@ -83,19 +84,28 @@ def _is_cell(matrix: NDArray[np.float64]) -> bool:
 
 
 def in_processes(work: Callable[[T], R], tasks: Iterable[T], processes: int | None) -> Iterator[R]:
-    """Yield work(task) for each task, in order; few tasks are taken ahead of their results."""
+    """Yield work(task) for each task, in order; few tasks are taken ahead of their results.
+
+    Raises:
+        UserError: If a process was killed.
+    """
     n = processes or usable_cores()
     if n == 1:
         yield from map(work, tasks)
         return
     with ProcessPoolExecutor(n, mp_context=get_context("spawn")) as pool:
         waiting: deque[Future[R]] = deque()
-        for task in tasks:
-            waiting.append(pool.submit(work, task))
-            if len(waiting) >= n * _WAITING_PER_PROCESS:
+        try:
+            for task in tasks:
+                waiting.append(pool.submit(work, task))
+                if len(waiting) >= n * _WAITING_PER_PROCESS:
+                    yield waiting.popleft().result()
+            while waiting:
                 yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"one of {n} worker processes was killed (memory?); ask for fewer processes"
+            ) from error
 
 
 def usable_cores() -> int:

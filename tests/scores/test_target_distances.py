@@ -1,5 +1,7 @@
 """Distances of candidates, against pymatgen called directly; the same in processes as here."""
 
+import os
+
 import numpy as np
 import pytest
 from pymatgen.analysis.structure_matcher import StructureMatcher
@@ -7,7 +9,7 @@ from pymatgen.core import Lattice, Structure
 
 from crystallm_kit.errors import UserError
 from crystallm_kit.scores.match_scores import metre_scores
-from crystallm_kit.scores.reduced_forms import reduced_forms
+from crystallm_kit.scores.reduced_forms import in_processes, reduced_forms
 from crystallm_kit.scores.target_distances import distances_all_to_all, distances_to_targets
 
 FCC = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
@@ -68,3 +70,12 @@ def test_what_cannot_be_reduced_matches_nothing_and_stops_nothing():
     assert found[0][:3] == [None, None, None]
     assert found[0][3] == pytest.approx(0, abs=1e-6)
     assert list(reduced_forms([None, lost, mixed])) == [None, None, None]
+
+
+def test_a_killed_worker_is_told_and_not_waited_for():
+    with pytest.raises(UserError, match="one of 2 worker processes was killed"):
+        list(in_processes(os._exit, [9, 9], 2))
+
+
+def test_results_come_in_the_order_of_the_tasks_however_many():
+    assert list(in_processes(abs, range(-50, 0), 2)) == list(range(50, 0, -1))
