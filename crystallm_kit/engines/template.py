@@ -125,8 +125,7 @@ class TemplateEngine:
         for looked_at, guess in enumerate(guesses):
             if looked_at >= self.pool and len(answers) >= n:
                 break
-            text = _text(guess)
-            if text is None or not text.startswith(beginning):
+            if beginning and not (_text(guess) or "").startswith(beginning):
                 continue
             try:
                 form = reduced(expand(guess.crystal))
@@ -135,8 +134,10 @@ class TemplateEngine:
             both = zip(answers, forms, strict=True)
             same = next((a for a, other in both if self._is_same(guess, form, a.guess, other)), None)
             if same is None:
-                answers.append(Answer(text, guess, guess.votes))
-                forms.append(form)
+                text = _text(guess)
+                if text is not None:
+                    answers.append(Answer(text, guess, guess.votes))
+                    forms.append(form)
             elif looked_at < self.pool:
                 same.votes += guess.votes
         return sorted(answers, key=lambda answer: -answer.votes)[:n]

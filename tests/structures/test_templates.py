@@ -1,26 +1,16 @@
-"""Templates: the types read equal, alike elements vote, stoichiometry and volume hold, the cache is exact."""
+"""Templates: equal types read equal, alike elements vote, stoichiometry and volume hold."""
 
-import math
-import os
-from itertools import permutations
-
-import numpy as np
 import pytest
 from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Lattice, Molecule, Structure
 
-from crystallm_kit.errors import EmptyInput, ReadError, UserError
+from crystallm_kit.errors import EmptyInput
 from crystallm_kit.records import Crystal
-from crystallm_kit.structures import template_files
 from crystallm_kit.structures.elements import ATOMIC_NUMBER
-from crystallm_kit.structures.files import write
-from crystallm_kit.structures.likeness import Family, count_weights, learn_likeness, log_votes, orders
 from crystallm_kit.structures.symmetry import expand
-from crystallm_kit.structures.template_files import load_templates
 from crystallm_kit.structures.templates import learn_templates
 from crystallm_kit.text.wyckoff import WyckoffRepresentation
 
-NA, CL, K, BR, RB, CS = 11, 17, 19, 35, 37, 55
 # Cell lengths in angstrom: Wyckoff, Crystal Structures (1963), rounded.
 ROCK_SALTS = {
     ("Na", "Cl"): 5.64, ("K", "Cl"): 6.29, ("Na", "Br"): 5.97, ("K", "Br"): 6.60, ("Rb", "Br"): 6.85,
@@ -159,117 +149,3 @@ def test_what_cannot_be_described_is_left_out():
     assert library.ids == ("NaCl rock salt",)
     with pytest.raises(EmptyInput, match="no ordered crystals"):
         learn_templates([disordered, molecule])
-
-
-# ---------------------------------------------------------------- likeness
-
-
-def halides():
-    """AB with halogens: the alkali decides the type, 0 or 1; formulas all differ."""
-    rows = [((a, x), int(a == CS)) for a in (NA, K, RB, CS) for x in (9, CL, BR, 53)]
-    number = np.arange(len(rows))
-    elements, kinds = np.array([r for r, _ in rows]), np.array([k for _, k in rows])
-    return Family((1, 1), elements, kinds, number, number, 225 - 4 * kinds)
-
-
-def left_out_log_share(kernel, family):
-    """Return the mean log share of the true types, crystal by crystal, without numpy's broadcasting."""
-    total = 0.0
-    for row, elements in enumerate(family.elements):
-        true = every = 0.0
-        for order in permutations(elements.tolist()):
-            for other in range(len(family.elements)):
-                if other == row:
-                    continue
-                weights = count_weights(family.counts)
-                vote = sum(
-                    w * kernel[a, b] for w, a, b in zip(weights, order, family.elements[other], strict=True)
-                )
-                vote = math.exp(vote) + math.exp(-12)
-                every += vote
-                same = family.kinds[other] == family.kinds[row] and list(order) == elements.tolist()
-                true += vote * same
-        total += math.log(true / every)
-    return total / len(family.elements)
-
-
-def test_learning_raises_the_log_share_of_the_true_types():
-    family = halides()
-    before, after = learn_likeness([family], steps=0), learn_likeness([family], steps=60)
-    gain = left_out_log_share(after.log_kernel, family) - left_out_log_share(before.log_kernel, family)
-    assert gain > 0.1
-    assert after.log_kernel[NA, K] > after.log_kernel[NA, CS]
-
-
-def test_votes_are_what_the_definition_gives_one_by_one():
-    family = halides()
-    kernel = learn_likeness([family], steps=0).log_kernel
-    ways = np.array(list(orders({CS: 1, CL: 1})))
-    votes = log_votes(kernel, ways, family)
-    for way, row in ((0, 0), (1, 5), (0, 13)):
-        a, b = family.elements[row]
-        plain = kernel[ways[way, 0], a] + kernel[ways[way, 1], b]  # equal counts weigh 1 each
-        assert votes[way, row] == pytest.approx(math.log(math.exp(plain) + math.exp(-12)))
-
-
-def test_likeness_is_symmetric_and_greatest_with_itself(library):
-    kernel = library.likeness.log_kernel
-    assert np.allclose(kernel, kernel.T)
-    assert (np.diag(kernel) == 0).all()
-    assert kernel[1:, 1:][~np.eye(103, dtype=bool)].max() < 0
-
-
-def test_orders_arrange_the_elements_of_one_count():
-    assert set(orders({8: 3, 22: 1, 56: 1})) == {(22, 56, 8), (56, 22, 8)}
-
-
-# ---------------------------------------------------------------- on disk
-
-
-@pytest.fixture
-def known_file(tmp_path):
-    path = tmp_path / "known.extxyz"
-    write(iter(CRYSTALS), path)
-    return path
-
-
-def test_a_library_is_learned_once_for_the_same_bytes(known_file, tmp_path, monkeypatch):
-    cache = tmp_path / "cache"
-    first = load_templates(known_file, cache_folder=cache)
-    (kept,) = cache.glob("*.npz")
-
-    def forbidden(*_, **__):
-        raise AssertionError("learned again")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(template_files, "learn_templates", forbidden)
-        again = load_templates([known_file], cache_folder=cache)
-    for asked in (counts(Rb=1, Cl=1), counts(Sn=2, O=4), counts(Ba=1, Zr=1, O=3)):
-        assert again.guesses(asked) == first.guesses(asked)
-    write(iter(CRYSTALS[:-1]), known_file)
-    assert load_templates(known_file, cache_folder=cache).guesses(counts(Sn=2, O=4)) == []
-    assert len(list(cache.glob("*.npz"))) == 2
-    assert kept.exists()
-
-
-def test_a_damaged_file_in_the_cache_is_made_anew(known_file, tmp_path):
-    cache = tmp_path / "cache"
-    first = load_templates(known_file, cache_folder=cache)
-    (kept,) = cache.glob("*.npz")
-    kept.write_bytes(kept.read_bytes()[:1000])
-    again = load_templates(known_file, cache_folder=cache)
-    assert again.guesses(counts(Rb=1, Cl=1)) == first.guesses(counts(Rb=1, Cl=1))
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_a_cache_folder_that_cannot_be_written_costs_no_library(known_file, tmp_path):
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o500)
-    assert load_templates(known_file, cache_folder=closed / "cache").guesses(counts(Rb=1, Cl=1))
-
-
-def test_no_library_and_a_missing_one_are_told_apart(tmp_path):
-    with pytest.raises(UserError, match="--library"):
-        load_templates([], cache_folder=tmp_path)
-    with pytest.raises(ReadError, match=r"absent\.parquet"):
-        load_templates(tmp_path / "absent.parquet", cache_folder=tmp_path)
