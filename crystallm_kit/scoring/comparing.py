@@ -13,8 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crystallm_kit.scores.structure_matcher import TOLERANCES, Reduced, rms_distance
+from crystallm_kit.scoring import reducing
 from crystallm_kit.scoring.rows import form_of, forms_of
 from crystallm_kit.scoring.stages import Item
+
+
+def warm_up() -> None:
+    """Compile, or load, the matcher."""
+    reducing.warm_up()
 
 
 def compare(item: Item, settings: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from crystallm_kit.errors import UserError
 from crystallm_kit.scores.novelty import Bucket, duplicate_pairs, first_copies, later_copies
 from crystallm_kit.scores.structure_matcher import TOLERANCES, Reduced
+from crystallm_kit.scoring import reducing
 from crystallm_kit.scoring.pool import Marks, TooLong
 from crystallm_kit.scoring.rows import STRUCTURE_COLUMNS, form_of, part_path, parts_of, read_part, write_part
 
@@ -149,6 +150,7 @@ def find_copies(task: dict[str, Any], marks: Marks) -> dict[str, Any]:
         task: "bucket", its file; "out", the file of its copies; "rules", names.
         marks: Tells where the work is, and limits its time.
     """
+    reducing.warm_up()
     out, skip = Path(task["out"]), dict(task.get("skip", {}))
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in read_part(Path(task["bucket"])):

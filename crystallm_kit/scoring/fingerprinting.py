@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pymatgen.core import Lattice, Structure
 
 from crystallm_kit.scores.fingerprints import FingerprintFailure, Fingerprints, fingerprints
 from crystallm_kit.scoring.rows import parts_of, read_part
 from crystallm_kit.scoring.stages import Item
+
+
+def warm_up() -> None:
+    """Compile, or load, what fingerprints are made with: the first time that takes many seconds."""
+    sites = [[0.0, 0.0, 0.0], [0.5, 0.5, 0.5]]
+    fingerprints(Structure(Lattice([[0, 2.8, 2.8], [2.8, 0, 2.8], [2.8, 2.8, 0]]), ["Na", "Cl"], sites))
 
 
 def fingerprint(item: Item, settings: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,13 +14,15 @@ Not here: the parts (rows.py).
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from crystallm_kit.errors import UserError
 
 SETTINGS = "settings.json"
+_LOCK = ".lock"
 _OWN = ("settings.json", "report.json", "report.html", "rows", "work", "relaxed")
 
 
@@ -59,6 +61,24 @@ def open_folder(out: Path, inputs: Mapping[str, Any], *, fresh: bool = False) ->
         writing.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
         writing.replace(path)
     return out / "work"
+
+
+@contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Hold a folder for one run. Raises UserError where another one is at work in it."""
+    try:
+        import fcntl
+    except ImportError:  # not POSIX: the caller has to see to it that one run writes
+        yield
+        return
+    with (out / _LOCK).open("a+b") as file:
+        try:
+            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{out}: another run is at work there; wait for it, or name another --out"
+            ) from error
+        yield
 
 
 def _difference(where: str, earlier: Any, now: Any) -> str:

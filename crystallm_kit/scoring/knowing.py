@@ -13,10 +13,16 @@ from typing import Any
 
 from crystallm_kit.scores.novelty_index import NoveltyIndex
 from crystallm_kit.scores.structure_matcher import TOLERANCES
+from crystallm_kit.scoring import reducing
 from crystallm_kit.scoring.rows import STRUCTURE_COLUMNS, form_of, parts_of, read_part
 from crystallm_kit.scoring.stages import Item
 
 _PER_ADDITION = 100  # parts
+
+
+def warm_up() -> None:
+    """Compile, or load, the matcher."""
+    reducing.warm_up()
 
 
 def know(item: Item, settings: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,10 @@
         future.result()  -> what run_part returned
 
 A task is JSON: the name of a function, and its arguments. Contract: every task ends. The function wraps the
-work on each item in `marks.item(...)`, which sets two clocks of the kernel: the first, of time, raises
-TooLong inside the worker, which costs nothing but the item; the second, of computing, ends the worker where
-the code does not come back to Python. The task is then given to a new one, with the items that killed it in
+work on each item in `marks.item(...)`, which sets clocks of the kernel. The first, of computing, raises
+TooLong inside the worker, which costs nothing but the item; being of computing, it says the same on a busy
+machine. Two more end the worker: of computing, where the code does not come back to Python, and of time,
+where it waits for something. The task is then given to a new worker, with the items that killed others in
 `skip`, so that the function can write down why they have no result. POSIX only: Windows has no such clocks.
 
 Not here: what is done with a part (stages.py). The pattern is that of structures/cif_pool.py.
@@ -31,6 +32,8 @@ from crystallm_kit.errors import CrystallmKitError, MissingExtra, UserError
 
 Task = dict[str, Any]
 _GRACE_SECONDS = 2.0  # of computing, from the clock that raises to the one that kills
+_WAITING = 10  # so many times the limit may go by in all: other programs compute, too
+_CLOCKS = (signal.SIGVTALRM, signal.SIGALRM)
 _MOST_DEATHS = 50  # of workers on one task; more is no bad structure
 
 
@@ -131,7 +134,7 @@ class Worker:
                     f"a worker ended with code {code} outside any structure (too little memory?); finished "
                     "parts are kept: run the same command again, with fewer --workers"
                 )
-            skip[at] = "timeout" if code == -signal.SIGPROF else f"its process ended with code {code}"
+            skip[at] = "timeout" if -code in _CLOCKS else f"its process ended with code {code}"
         raise UserError(f"{_MOST_DEATHS} structures of one part killed their processes")
 
     def stop(self) -> None:
@@ -202,15 +205,17 @@ class Marks:
     def item(self, stage: str, position: int, seconds: float) -> Iterator[None]:
         """Limit the work on one item: TooLong, and where that is not heard, the end of the process."""
         self._tell(f"{stage}:{position}")
-        signal.signal(signal.SIGALRM, _ring)
-        signal.signal(signal.SIGPROF, signal.SIG_DFL)  # which ends the process
-        signal.setitimer(signal.ITIMER_PROF, seconds + _GRACE_SECONDS)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.signal(signal.SIGPROF, _ring)
+        for ends in _CLOCKS:
+            signal.signal(ends, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds + _GRACE_SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, _WAITING * seconds)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             yield
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.setitimer(signal.ITIMER_PROF, 0)
+            for clock in (signal.ITIMER_PROF, signal.ITIMER_REAL, signal.ITIMER_VIRTUAL):
+                signal.setitimer(clock, 0)
 
 
 def _ring(_signal: int, _frame: Any) -> None:

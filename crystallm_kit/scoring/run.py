@@ -27,7 +27,7 @@ from crystallm_kit.scores.reduced_forms import usable_cores
 from crystallm_kit.scores.score import Score
 from crystallm_kit.scores.stability import judge_of
 from crystallm_kit.scoring.copies import RULES, Copies, collect, fill_buckets
-from crystallm_kit.scoring.folder import open_folder
+from crystallm_kit.scoring.folder import alone_in, open_folder
 from crystallm_kit.scoring.intake import Samples, take_in
 from crystallm_kit.scoring.judging import references_of, relax_all, relaxed_samples
 from crystallm_kit.scoring.knowing import build_index
@@ -217,8 +217,12 @@ def run(request: Request, *, progress: bool = False, command: str = "") -> Outco
     protocols = request.check()
     inputs = request.inputs()
     work = open_folder(request.out, inputs, fresh=request.fresh)
-    with Telling(progress) as telling, _pool(request) as pool:
-        return _Runner(request, inputs, work, pool, telling, protocols).run(command)
+    with alone_in(request.out), Telling(progress) as telling, _pool(request) as pool:
+        try:
+            return _Runner(request, inputs, work, pool, telling, protocols).run(command)
+        except KeyboardInterrupt:
+            telling.say(f"what is finished is kept in {request.out}; the same command goes on from there")
+            raise
 
 
 def _pool(request: Request) -> Pool:

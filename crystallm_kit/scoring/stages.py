@@ -72,7 +72,7 @@ class Stage:
         seconds: That one structure may take.
         columns: Name and Arrow type of each; `trouble` is added.
         function: "module:name" in this room: (item, settings, where) -> columns; or, with `whole`, (items,
-            settings, where) -> the columns of each.
+            settings, where) -> the columns of each. A function `warm_up` of that module is called before.
         needs: Earlier stages whose columns it reads.
         whole: It takes a part at once.
     """
@@ -193,11 +193,19 @@ def run_part(task: dict[str, Any], marks: Marks) -> dict[str, Any]:
     return {"n": len(items), "stages": done}
 
 
+@cache
+def _prepared(module: str) -> Any:
+    """Return a stage's module, with what it compiles compiled: that is no structure's time."""
+    found = importlib.import_module(f"crystallm_kit.scoring.{module}")
+    getattr(found, "warm_up", lambda: None)()
+    return found
+
+
 def _rows(
     stage: Stage, items: Sequence[Item], settings: Columns, where: Columns, marks: Marks, skip: dict[str, str]
 ) -> list[dict[str, Any]]:
     module, _, name = stage.function.partition(":")
-    function = getattr(importlib.import_module(f"crystallm_kit.scoring.{module}"), name)
+    function = getattr(_prepared(module), name)
     if stage.whole:
         return _whole(stage, items, settings, where, marks, skip, function)
     rows = []

@@ -22,8 +22,9 @@ def squares(task, marks):
             found.append(why)
             continue
         try:
-            with marks.item("square", i, 1.0):
+            with marks.item("square", i, 0.3):
                 if n == "sleeps": time.sleep(60)
+                while n == "computes": pass
                 if n == "deaf":   # code that never comes back to Python
                     deque(repeat(1), maxlen=0)
                 if n == "dies": os.kill(os.getpid(), signal.SIGKILL)
@@ -53,10 +54,10 @@ def jobs(tmp_path, monkeypatch):
 def test_items_that_hang_or_kill_cost_only_themselves(jobs):
     began = time.monotonic()
     with Pool(1) as pool:
-        task = {"job": "pool_jobs:squares", "numbers": [1, "sleeps", 2, "deaf", 3, "dies", 4]}
+        task = {"job": "pool_jobs:squares", "numbers": [1, "computes", 2, "deaf", 3, "dies", 4, "sleeps"]}
         found = pool.submit(task).result()["found"]
         again = pool.submit({"job": "pool_jobs:squares", "numbers": [5]}).result()["found"]
-    assert found == [1, "too long", 4, "timeout", 9, "its process ended with code -9", 16]
+    assert found == [1, "too long", 4, "timeout", 9, "its process ended with code -9", 16, "timeout"]
     assert again == [25]
     assert time.monotonic() - began < 60
 
