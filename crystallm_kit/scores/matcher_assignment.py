@@ -12,12 +12,15 @@ Sources: pymatgen-core 2026.10.16, core/structure_matcher.py, util/coord_cython.
 assignment: Crouse, IEEE Trans. Aerosp. Electron. Syst. 52, 1679 (2016), as in scipy.
 """
 
+import math
+
 import numpy as np
 
 from crystallm_kit.scores.matcher_lattice import NEAR, Array, kernel
-from crystallm_kit.scores.matcher_ties import bound_of, over_assignments, shortest_images, spread_of
+from crystallm_kit.scores.matcher_ties import bound_of, nearest_image, over_assignments, spread_of
 
 APART = 1e20  # the cost of what must not be paired
+PENDING = 4  # added to what `room_for` says of a pair whose nearest image has not been looked for
 
 Room = tuple[Array, Array, Array, Array, Array, Array, Array]
 
@@ -53,8 +56,7 @@ def site_distance(
     """Return the smallest and the largest distance that rounding leaves open, in angstrom; inf: no pairing.
 
     Args:
-        moved, own: (N, 3) coordinates in the basis `basis`, of the second and the first cell, sorted by
-            element.
+        moved, own: (N, 3) coordinates in the basis `basis`, of the second and the first cell, by element.
         basis: (3, 3) LLL-reduced.
         reach: (3,) lengths of the reciprocal vectors of the basis, without 2 pi.
         farthest: Pairs farther than this along a reciprocal vector are not looked at.
@@ -75,14 +77,18 @@ def site_distance(
     far = farthest * farthest * (1 - NEAR)
     any_loose = False
     x, y, z, squares = 0.0, 0.0, 0.0, 0.0
+    cut = np.inf
     i = 0
     while i < n:
         begin, end = starts[i], ends[i]
         for row in range(begin, end):
             loose[row] = False
-            if not _row(moved, own, basis, reach, farthest, certain, row, begin, end, room):
+            least = _row(moved, own, basis, reach, farthest, certain, row, begin, end, room)
+            if least == APART:
                 return (-1.0 if is_close else np.inf), np.inf
-        answer = _partners(cost, begin, end, partner, loose, free, far if is_close else np.inf)
+            if least > cut and (not is_close or far > cut):
+                return np.inf, np.inf
+        answer = _partners(basis, begin, end, certain, far if is_close else np.inf, room)
         if answer != 1:
             return (-1.0 if is_close else np.inf), np.inf
         for row in range(begin, end):
@@ -97,9 +103,15 @@ def site_distance(
                 chosen[row, axis] = vectors[row, other, axis]
             x, y, z = x + chosen[row, 0], y + chosen[row, 1], z + chosen[row, 2]
             squares += square
-        # the sum of squares about the mean only grows with more sites
-        if not any_loose and squares - (x * x + y * y + z * z) / end > enough:
-            return np.inf, np.inf
+        if not any_loose:
+            # the sum of squares about the mean only grows with more sites: by one at a distance d from the
+            # mean of k sites by d^2 k / (k + 1)
+            left = enough - squares + (x * x + y * y + z * z) / end
+            if left < 0:
+                return np.inf, np.inf
+            cut = (math.sqrt(left * (end + 1) / end) + math.sqrt(x * x + y * y + z * z) / end) ** 2
+        else:
+            cut = np.inf
         i = end
     value = spread_of(chosen, is_rms)
     if not any_loose:
@@ -122,9 +134,13 @@ def _row(
     begin: int,
     end: int,
     room: Room,
-) -> bool:
-    """Fill in the shortest vectors from one site to those of its element; return whether one is allowed."""
+) -> float:
+    """Fill in the vectors from one site to those of its element; return a lower bound of their squares.
+
+    Vectors that may have a shorter image are pending where another one is shorter for certain.
+    """
     vectors, cost, tied = room[0], room[1], room[2]
+    least = APART
     found = False
     for j in range(begin, end):
         tied[row, j] = 0
@@ -136,34 +152,51 @@ def _row(
             continue
         if excess > -NEAR:
             tied[row, j] = 2
-        found = True
         x = a * basis[0, 0] + b * basis[1, 0] + c * basis[2, 0]
         y = a * basis[0, 1] + b * basis[1, 1] + c * basis[2, 1]
         z = a * basis[0, 2] + b * basis[1, 2] + c * basis[2, 2]
-        square = x * x + y * y + z * z
-        if square >= certain:
-            images, count = shortest_images(x, y, z, basis)
-            x, y, z = images[0, 0], images[0, 1], images[0, 2]
-            square = x * x + y * y + z * z
-            if count > 1 and tied[row, j] == 0:
-                tied[row, j] = 1
         vectors[row, j, 0], vectors[row, j, 1], vectors[row, j, 2] = x, y, z
-        cost[row, j] = square
-    return found
+        cost[row, j] = x * x + y * y + z * z
+        if cost[row, j] < certain:
+            found = True
+        else:
+            tied[row, j] += PENDING
+            least = min(least, certain)
+        least = min(least, cost[row, j])
+    if least < APART and not found:
+        least = _settle(basis, row, begin, end, room)
+    return least
 
 
 @kernel
-def _partners(
-    cost: Array, begin: int, end: int, partner: Array, loose: Array, free: Array, far: float
-) -> int:
+def _settle(basis: Array, row: int, begin: int, end: int, room: Room) -> float:
+    """Look for the nearest images of the pending pairs of a site; return the least square of all."""
+    vectors, cost, tied = room[0], room[1], room[2]
+    least = APART
+    for j in range(begin, end):
+        if tied[row, j] >= PENDING:
+            tied[row, j] -= PENDING
+            x, y, z, count = nearest_image(vectors[row, j, 0], vectors[row, j, 1], vectors[row, j, 2], basis)
+            vectors[row, j, 0], vectors[row, j, 1], vectors[row, j, 2] = x, y, z
+            cost[row, j] = x * x + y * y + z * z
+            if count > 1 and tied[row, j] == 0:
+                tied[row, j] = 1
+        least = min(least, cost[row, j])
+    return least
+
+
+@kernel
+def _partners(basis: Array, begin: int, end: int, certain: float, far: float, room: Room) -> int:
     """Assign the sites of one element, and mark those of which another assignment is as good.
 
     Args:
+        certain: The square of a length up to which a vector is the shortest of its images.
         far: The square of a distance beyond which rounding decides what is allowed.
 
     Returns:
         0: there is no assignment; 1: it is found; 2: with a far pair that is left out here it may be another.
     """
+    _, cost, tied, free, partner, loose, _ = room
     n = end - begin
     if n == 1:
         partner[begin] = begin
@@ -173,16 +206,20 @@ def _partners(
     for i in range(begin, end):
         best, second = APART, APART
         for j in range(begin, end):
-            if cost[i, j] < best:
-                best, second = cost[i, j], best
+            if tied[i, j] >= PENDING:
+                second = min(second, certain)
+            elif cost[i, j] < best:
+                best, second = cost[i, j], min(best, second)
                 partner[i] = j
-            elif cost[i, j] < second:
-                second = cost[i, j]
+            else:
+                second = min(second, cost[i, j])
         is_open = is_open or second - best < NEAR
         for k in range(begin, i):
             distinct = distinct and partner[k] != partner[i]
     if distinct and not is_open:
         return 1
+    for row in range(begin, end):
+        _settle(basis, row, begin, end, room)
     row_dual = np.empty(n)
     column_dual = np.zeros(n)
     for i in range(n):

@@ -43,6 +43,7 @@ from crystallm_kit.scores.matcher_lattice import (
 NO_MATCH, MATCH, UNCERTAIN = 0, 1, 2
 _PERFECT = 1e-5  # below it pymatgen looks no further
 _SAME = 1e-10  # what a bound may differ without changing an answer
+_MOST_ELEMENTS = 256  # atomic numbers are below
 _MOST_TIES = 6  # in the reduction of one basis
 
 
@@ -75,25 +76,23 @@ def match_cells(
     n = numbers_1.shape[0]
     if numbers_2.shape[0] != n:
         return NO_MATCH, 0.0
-    order_1, order_2 = stable_order(numbers_1), stable_order(numbers_2)
-    starts = np.empty(n, np.int64)
-    ends = np.empty(n, np.int64)
+    counts, others = np.zeros(_MOST_ELEMENTS, np.int64), np.zeros(_MOST_ELEMENTS, np.int64)
     for i in range(n):
-        if numbers_1[order_1[i]] != numbers_2[order_2[i]]:
+        counts[numbers_1[i]] += 1
+        others[numbers_2[i]] += 1
+    rarest = numbers_2[0]  # of several the one that comes first in the second cell
+    for i in range(n):
+        if counts[numbers_1[i]] != others[numbers_1[i]]:
             return NO_MATCH, 0.0
-        starts[i] = i if i == 0 or numbers_1[order_1[i]] != numbers_1[order_1[i - 1]] else starts[i - 1]
-    for i in range(n - 1, -1, -1):
-        ends[i] = i + 1 if i == n - 1 or starts[i + 1] != starts[i] else ends[i + 1]
-    place = np.empty(n, np.int64)
-    for i in range(n):
-        place[order_2[i]] = i
-    origin = place[0]
-    for i in range(n):  # the rarest element; of several the one that comes first in the second cell
-        if ends[place[i]] - starts[place[i]] < ends[origin] - starts[origin]:
-            origin = place[i]
-    origin = starts[origin]
+        if others[numbers_2[i]] < others[rarest]:
+            rarest = numbers_2[i]
+    order_1, order_2 = _by_element(numbers_1, counts, rarest), _by_element(numbers_2, counts, rarest)
+    starts, ends = np.empty(n, np.int64), np.empty(n, np.int64)
     f1, f2 = np.empty((n, 3)), np.empty((n, 3))
     for i in range(n):
+        number = numbers_1[order_1[i]]
+        starts[i] = i if i == 0 or number != numbers_1[order_1[i - 1]] else starts[i - 1]
+        ends[i] = starts[i] + counts[number]
         for axis in range(3):
             f1[i, axis], f2[i, axis] = fractional_1[order_1[i], axis], fractional_2[order_2[i], axis]
 
@@ -153,10 +152,10 @@ def match_cells(
                     allowed[axis] *= farthest
                 all_near = min(allowed[0], allowed[1], allowed[2]) > 0.5 + NEAR
                 basis, reach, ties = mean, allowed, -1
-                for first in range(starts[origin], ends[origin]):
+                for first in range(ends[0]):
                     near = MATCH
                     if not all_near:
-                        _shift(f2, origin, own, first, moved)
+                        _shift(f2, own, first, moved)
                         near = _is_near(moved, own, allowed, starts, ends)
                     if near == NO_MATCH:
                         continue
@@ -166,14 +165,14 @@ def match_cells(
                         multiply(own, turn, turned_1)
                         multiply(f2, turn, turned_2)
                         reach = spacings(basis)
-                    _shift(turned_2, origin, turned_1, first, shifted)
+                    _shift(turned_2, turned_1, first, shifted)
                     needed = min(best, site_tolerance) / normal
                     low, high = site_distance(
                         shifted, turned_1, basis, reach,
                         farthest, ties > 0, starts, ends, room, needed, is_rms,
                     )  # fmt: skip
                     if low < 0 and ties > 0:
-                        _shift(f2, origin, own, first, moved)
+                        _shift(f2, own, first, moved)
                         low, high = _over_bases(
                             mean, moved, own, farthest, starts, ends, room, needed, is_rms
                         )
@@ -196,10 +195,20 @@ def match_cells(
 
 
 @kernel
-def _shift(sites: Array, origin: int, onto: Array, first: int, out: Array) -> None:
-    """Move sites so that the site `origin` lies on the site `first` of others."""
+def _by_element(numbers: Array, counts: Array, rarest: int) -> Array:
+    """Return the order of the sites by element, as they come within it: the rarest, then from few to many."""
+    keys = np.empty(numbers.shape[0], np.int64)
+    for i in range(numbers.shape[0]):
+        number = numbers[i]
+        keys[i] = number + (0 if number == rarest else counts[number] * _MOST_ELEMENTS)
+    return stable_order(keys)
+
+
+@kernel
+def _shift(sites: Array, onto: Array, first: int, out: Array) -> None:
+    """Move sites so that the first lies on the site `first` of others."""
     for axis in range(3):
-        step = onto[first, axis] - sites[origin, axis]
+        step = onto[first, axis] - sites[0, axis]
         for i in range(sites.shape[0]):
             out[i, axis] = sites[i, axis] + step
 

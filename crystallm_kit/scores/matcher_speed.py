@@ -16,8 +16,9 @@ import sys
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from crystallm_kit.scores.structure_matcher import (
     Tolerances,
     fit,
     is_undecided,
+    reduce_many,
     reduced,
     rms_distance,
     rms_distances,
@@ -40,6 +42,7 @@ from crystallm_kit.scores.structure_matcher import (
 
 SAME_DISTANCE = 1e-9
 _STEPS = ("reduction", "fit", "rms distance")
+_BATCH = 50
 
 
 @dataclass
@@ -91,42 +94,53 @@ class Agreement:
         return out
 
 
+def batched(pairs: Iterable[Pair], size: int) -> Iterator[list[Pair]]:
+    """Yield lists of up to `size` pairs (itertools.batched is not in Python 3.11)."""
+    left = iter(pairs)
+    while batch := list(islice(left, size)):
+        yield batch
+
+
 def compare(pairs: Iterable[Pair], *, report: Callable[[int], None] = lambda _: None) -> Agreement:
-    """Compare pairs at all tolerances, both ways, and return what came out."""
-    matchers = {name: _pymatgen(tolerances) for name, tolerances in TOLERANCES.items()}
+    """Compare pairs at all tolerances, both ways, and return what came out.
+
+    Each step is done for some pairs with one matcher, then with the other, as somebody who has many would.
+    """
     found = Agreement()
-    for count, pair in enumerate(pairs, 1):
-        both = [_reduced_both(structure, found) for structure in (pair.candidate, pair.truth)]
-        if all(theirs is not None and mine is not None for theirs, mine in both):
-            for name, matcher in matchers.items():
-                _compare_pair(name, matcher, both, found)
+    count = 0
+    for batch in batched(pairs, _BATCH):
+        structures = [(structure,) for pair in batch for structure in (pair.candidate, pair.truth)]
+        theirs = _timed(found, "reduction", "pymatgen", _their_reduced, structures)
+        mine = _timed(found, "reduction", "ours", _own_reduced, structures)
+        found.calls["reduction"] += len(structures)
+        for right, left in zip(theirs, mine, strict=True):
+            if right is None and left is None:
+                found.refused += 1
+            elif right is None or left is None or not _is_same_cell(left, right):
+                found.reductions_differ += 1
+        whole = [
+            ((theirs[i], theirs[i + 1]), (mine[i], mine[i + 1]))
+            for i in range(0, len(structures), 2)
+            if None not in (theirs[i], theirs[i + 1], mine[i], mine[i + 1])
+        ]
+        for name in TOLERANCES:
+            _compare_batch(name, whole, found)
+        count += len(batch)
         report(count)
     return found
 
 
-def _reduced_both(structure: Structure, found: Agreement) -> tuple[Structure | None, Reduced | None]:
-    def theirs() -> Structure | None:
-        # its cache would answer with a structure that differs by up to 1e-5
-        StructureMatcher._get_reduced_istructure.cache_clear()
-        try:
-            return StructureMatcher._get_reduced_structure(structure)
-        except (ValueError, ArithmeticError):
-            return None
+def _their_reduced(structure: Structure) -> Structure | None:
+    # the cache would answer with a structure that differs by up to 1e-5
+    StructureMatcher._get_reduced_istructure.cache_clear()
+    try:
+        return StructureMatcher._get_reduced_structure(structure)
+    except (ValueError, ArithmeticError):
+        return None
 
-    def mine() -> Reduced | None:
-        try:
-            return reduced(structure)
-        except UserError:
-            return None
 
-    right = _timed(found, "reduction", "pymatgen", theirs)
-    left = _timed(found, "reduction", "ours", mine)
-    found.calls["reduction"] += 1
-    if right is None and left is None:
-        found.refused += 1
-    elif right is None or left is None or not _is_same_cell(left, right):
-        found.reductions_differ += 1
-    return right, left
+def _own_reduced(structure: Structure) -> Reduced | None:
+    return reduce_many([structure])[0]
 
 
 def _is_same_cell(mine: Reduced, theirs: Structure) -> bool:
@@ -139,35 +153,45 @@ def _is_same_cell(mine: Reduced, theirs: Structure) -> bool:
     )
 
 
-def _compare_pair(name: str, matcher: Any, both: Sequence[tuple[Any, Any]], found: Agreement) -> None:
-    (first, own_first), (second, own_second) = both
+def _compare_batch(
+    name: str, pairs: Sequence[tuple[tuple[Any, Any], tuple[Any, Any]]], found: Agreement
+) -> None:
     tolerances = TOLERANCES[name]
+    matcher = _pymatgen(tolerances)
 
-    def their_rms() -> float | None:  # get_rms_dist, but for its reductions
+    def their_fit(first: Structure, second: Structure) -> bool:
+        return bool(matcher.fit(first, second, skip_structure_reduction=True))
+
+    def their_rms(first: Structure, second: Structure) -> float | None:  # get_rms_dist, but for reductions
         ready = matcher._preprocess(first, second, skip_structure_reduction=True)
         match = matcher._match(*ready, use_rms=True, break_on_match=False)
         return None if match is None else float(match[0])
 
-    is_fit = _timed(
-        found,
-        "fit",
-        "pymatgen",
-        lambda: bool(matcher.fit(first, second, skip_structure_reduction=True)),
+    def own_fit(first: Reduced, second: Reduced) -> bool:
+        return fit(first, second, tolerances)
+
+    def own_rms(first: Reduced, second: Reduced) -> float | None:
+        return rms_distance(first, second, tolerances)
+
+    theirs, mine = [right for right, _ in pairs], [left for _, left in pairs]
+    answers = zip(
+        _timed(found, "fit", "pymatgen", their_fit, theirs),
+        _timed(found, "fit", "ours", own_fit, mine),
+        _timed(found, "rms distance", "pymatgen", their_rms, theirs),
+        _timed(found, "rms distance", "ours", own_rms, mine),
+        strict=True,
     )
-    own_fit = _timed(found, "fit", "ours", lambda: fit(own_first, own_second, tolerances))
-    rms = _timed(found, "rms distance", "pymatgen", their_rms)
-    own_rms = _timed(found, "rms distance", "ours", lambda: rms_distance(own_first, own_second, tolerances))
-    found.calls["fit"] += 1
-    found.calls["rms distance"] += 1
-    off = 0.0 if rms is None or own_rms is None else abs(rms - own_rms)
-    found.largest[name] = max(found.largest.get(name, 0.0), off)
-    found.counts[name, "pairs"] += 1
-    found.counts[name, "fit"] += is_fit
-    found.counts[name, "rms"] += rms is not None
-    found.counts[name, "differ"] += (
-        is_fit != own_fit or (rms is None) != (own_rms is None) or off > SAME_DISTANCE
-    )
-    found.counts[name, "undecided"] += is_undecided(own_first, own_second, tolerances)
+    found.calls["fit"] += len(pairs)
+    found.calls["rms distance"] += len(pairs)
+    found.counts[name, "pairs"] += len(pairs)
+    for right_fit, left_fit, right, left in answers:
+        off = 0.0 if right is None or left is None else abs(right - left)
+        found.largest[name] = max(found.largest.get(name, 0.0), off)
+        found.counts[name, "fit"] += right_fit
+        found.counts[name, "rms"] += right is not None
+        is_other = right_fit != left_fit or (right is None) != (left is None)
+        found.counts[name, "differ"] += is_other or off > SAME_DISTANCE
+    found.counts[name, "undecided"] += sum(is_undecided(*pair, tolerances) for pair in mine)
 
 
 def match_rate_speed(pool: Pool, targets: int, *, seed: int = 0) -> tuple[int, float, float, int]:
@@ -178,31 +202,33 @@ def match_rate_speed(pool: Pool, targets: int, *, seed: int = 0) -> tuple[int, f
     """
     rng = np.random.default_rng(seed)
     matcher = _pymatgen(TOLERANCES["csp"])
-    theirs_s, mine_s, differ, count = 0.0, 0.0, 0, 0
-    for _ in range(targets):
-        truth = pool.known[int(rng.integers(len(pool.known)))]
-        candidates = candidates_of(truth, pool, rng, count=20)
-        StructureMatcher._get_reduced_istructure.cache_clear()
-        began = time.process_time()
-        theirs = [matcher.get_rms_dist(candidate, truth) for candidate in candidates]
-        middle = time.process_time()
-        mine = rms_distances([reduced(one) for one in candidates], reduced(truth), TOLERANCES["csp"])
-        theirs_s, mine_s = theirs_s + middle - began, mine_s + time.process_time() - middle
-        count += len(candidates)
-        for right, left in zip(theirs, mine, strict=True):
-            if right is None or left is None:
-                differ += (right is None) != (left is None)
-            else:
-                differ += abs(right[0] - left) > SAME_DISTANCE
-    return count, theirs_s, mine_s, differ
-
-
-def _timed(found: Agreement, step: str, side: str, call: Callable[[], Any]) -> Any:
+    truths = [pool.known[int(rng.integers(len(pool.known)))] for _ in range(targets)]
+    asked = [(candidates_of(truth, pool, rng, count=20), truth) for truth in truths]
+    StructureMatcher._get_reduced_istructure.cache_clear()  # that of each target is reduced once all the same
     began = time.process_time()
-    try:
-        return call()
-    finally:
-        found.seconds[step, side] += time.process_time() - began
+    theirs = [matcher.get_rms_dist(one, truth) for candidates, truth in asked for one in candidates]
+    middle = time.process_time()
+    mine = [
+        distance
+        for candidates, truth in asked
+        for distance in rms_distances(reduce_many(candidates), reduced(truth), TOLERANCES["csp"])
+    ]
+    end = time.process_time()
+    differ = sum(
+        (right is None) != (left is None)
+        or (right is not None and left is not None and abs(right[0] - left) > SAME_DISTANCE)
+        for right, left in zip(theirs, mine, strict=True)
+    )
+    return len(mine), middle - began, end - middle, differ
+
+
+def _timed(
+    found: Agreement, step: str, side: str, call: Callable[..., Any], given: Sequence[tuple[Any, ...]]
+) -> list[Any]:
+    began = time.process_time()
+    answers = [call(*one) for one in given]
+    found.seconds[step, side] += time.process_time() - began
+    return answers
 
 
 def _pymatgen(tolerances: Tolerances) -> Any:
@@ -222,8 +248,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")  # pymatgen's, of rounded coordinates and electronegativities
 
     def report(count: int) -> None:
-        if count % 100 == 0:
-            print(f"{count:,} of {asked.pairs:,} pairs", end="\r", file=sys.stderr, flush=True)
+        print(f"{count:,} of {asked.pairs:,} pairs", end="\r", file=sys.stderr, flush=True)
 
     try:
         pool = pool_of(asked.data, asked.samples, limit=asked.limit)

@@ -20,6 +20,26 @@ _MOST_OPTIONS = 64  # of one site
 
 
 @kernel
+def nearest_image(x0: float, y0: float, z0: float, basis: Array) -> tuple[float, float, float, int]:
+    """Return the shortest vector that differs from one by the lattice, and how many are as short."""
+    x1, y1, z1, least, count = x0, y0, z0, np.inf, 0
+    for a in range(-1, 2):
+        for b in range(-1, 2):
+            for c in range(-1, 2):
+                x = x0 + a * basis[0, 0] + b * basis[1, 0] + c * basis[2, 0]
+                y = y0 + a * basis[0, 1] + b * basis[1, 1] + c * basis[2, 1]
+                z = z0 + a * basis[0, 2] + b * basis[1, 2] + c * basis[2, 2]
+                square = x * x + y * y + z * z
+                if abs(square - least) < NEAR:
+                    count += 1
+                elif square < least:
+                    count = 1
+                if square < least:
+                    x1, y1, z1, least = x, y, z, square
+    return x1, y1, z1, count
+
+
+@kernel
 def shortest_images(x0: float, y0: float, z0: float, basis: Array) -> tuple[Array, int]:
     """Return the shortest vectors that differ from one by the lattice, and their number."""
     out = np.empty((27, 3))
