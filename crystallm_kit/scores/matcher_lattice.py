@@ -16,7 +16,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numpy as np
-from numba import njit
+from numba import njit, types
+from numba.extending import intrinsic
 
 NEAR = 1e-9  # relative; rounding differs by about 1e-14
 _SPHERE_TOLERANCE = 1e-8  # of find_points_in_spheres
@@ -97,17 +98,39 @@ def spacings(matrix: Array) -> Array:
     return out
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def fused(context: Any, a: Any, b: Any, c: Any) -> Any:  # noqa: ARG001 - as numba calls it
+    """Return a b + c rounded once, as the matrix products of numpy are made of on processors that can."""
+    signature = types.float64(types.float64, types.float64, types.float64)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ARG001
+        return builder.fma(*arguments)
+
+    return signature, generate
+
+
 @kernel
 def product(a: Array, b: Array) -> Array:
-    """Return a (N, 3) times b (3, 3)."""
+    """Return a (N, 3) times b (3, 3), to the last digit as numpy does for N > 1."""
     out = np.empty((a.shape[0], 3))
-    multiply(a, b, out)
+    for i in range(a.shape[0]):
+        for j in range(3):
+            out[i, j] = fused(a[i, 2], b[2, j], fused(a[i, 1], b[1, j], a[i, 0] * b[0, j]))
     return out
 
 
 @kernel
+def exact_inverse(m: Array) -> Array:
+    """Return the inverse of a (3, 3) matrix, to the last digit as numpy does."""
+    unit = np.zeros((3, 3))
+    for i in range(3):
+        unit[i, i] = 1.0
+    return np.linalg.solve(m, unit)
+
+
+@kernel
 def multiply(a: Array, b: Array, out: Array) -> None:
-    """Set out to a (N, 3) times b (3, 3)."""
+    """Set out to a (N, 3) times b (3, 3), to the last digit as numpy does row by row."""
     for i in range(a.shape[0]):
         for j in range(3):
             out[i, j] = a[i, 0] * b[0, j] + a[i, 1] * b[1, j] + a[i, 2] * b[2, j]
@@ -242,7 +265,12 @@ def points_in_sphere(matrix: Array, radius: float) -> tuple[Array, Array, Array]
         place = filled[index[i, 3]] - 1
         filled[index[i, 3]] = place
         for axis in range(3):
-            out_index[place, axis], out_cart[place, axis] = index[i, axis], cart[i, axis]
+            out_index[place, axis] = index[i, axis]
+            out_cart[place, axis] = fused(
+                float(index[i, 2]),
+                matrix[2, axis],
+                fused(float(index[i, 1]), matrix[1, axis], index[i, 0] * matrix[0, axis]),
+            )
     distance = lengths_of(out_cart)
     if searched != radius:
         kept = 0

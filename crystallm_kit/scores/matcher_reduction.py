@@ -3,10 +3,12 @@
     status, numbers, lattice, fractional = reduced_cell(numbers, ranks, lattice, fractional)
 
 Contract: the cell, the order of the sites and their coordinates are those of
-`get_reduced_structure("niggli")` followed by `get_primitive_structure()`, to rounding (1e-13). Which of the
-many equal cells is taken, and what still counts as a translation, hangs on the order of the steps, so they
-are pymatgen's. Where a comparison is so close that rounding could turn it (`NEAR`), or the cell is none, the
-status says so and the caller asks pymatgen.
+`get_reduced_structure("niggli")` followed by `get_primitive_structure()`, to the last digit where numpy
+multiplies with fused operations (x86-64 and Arm servers), else to 1e-13. Which of the many equal cells is
+taken, and what still counts as a translation, hangs on the order of the steps, so they are pymatgen's. Equal
+digits matter where rounding decides later: pymatgen, asked then, has to see what it would have made itself.
+Where a comparison is so close that rounding could turn it (`NEAR`), or the cell is none, the status says so
+and the caller asks pymatgen.
 
 Not here: reading structures, and what becomes of a status (structure_matcher.py); comparing two cells
 (matcher_kernel.py).
@@ -20,9 +22,11 @@ import numpy as np
 from crystallm_kit.scores.matcher_lattice import (
     NEAR,
     Array,
+    exact_inverse,
     inverse,
     kernel,
     lengths_of,
+    multiply,
     product,
     stable_order,
 )
@@ -47,7 +51,9 @@ def _reduced_structure(lattice: Array, fractional: Array) -> tuple[int, Array, A
                 same = False
     if same:
         return DONE, lattice, fractional
-    out = product(product(fractional, lattice), inverse(found))
+    cart, out = np.empty(fractional.shape), np.empty(fractional.shape)
+    multiply(fractional, lattice, cart)
+    multiply(cart, exact_inverse(found), out)
     for i in range(out.shape[0]):
         for j in range(3):
             out[i, j] = _wrapped(out[i, j])
@@ -156,7 +162,7 @@ def _smaller_cell(
                                 return UNCERTAIN, False, numbers, lattice, fractional
                             if near == 0:
                                 continue
-                            cell = product(inverted, lattice)
+                            cell = product(exact_inverse(matrix), lattice)
                             status, sites, moved = _merged(f, starts, groups, matrix, cell, tolerance, det)
                             if status == UNCERTAIN:
                                 return UNCERTAIN, False, numbers, lattice, fractional
