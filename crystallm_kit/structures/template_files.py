@@ -24,7 +24,7 @@ from crystallm_kit.structures.files import read
 from crystallm_kit.structures.likeness import Likeness
 from crystallm_kit.structures.templates import Rows, TemplateLibrary, learn_templates
 
-_LAYOUT = "templates-1"  # another one: files of the old are not read
+_LAYOUT = "templates-2"  # of what is kept, and how it is learned: files of another are not read
 _BLOCK_BYTES = 1 << 20
 
 
