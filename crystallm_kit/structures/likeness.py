@@ -29,8 +29,8 @@ IntArray = npt.NDArray[np.int64]
 
 MAX_ATOMIC_NUMBER = 103
 # Chosen on mp_val by mp_train + wbm_train. Mean log share of the true type, over binaries and ternaries:
-# -1.70 by distance in Mendeleev numbers / 3, -1.80 where the points start, -1.46 after 500 steps (12 s), -1.50
-# after 200, with which the first guess matched 72.2 % of all 1,000 instead of 73.6 %.
+# -1.70 by distance in Mendeleev numbers / 3, -1.80 where the points start, -1.46 after 500 steps (12 s),
+# -1.50 after 200, with which the first guess matched 72.2 % of all 1,000 instead of 73.6 %.
 STEPS = 500
 _TARGETS_OF_A_STEP = 192
 _TARGETS_OF_A_FAMILY = 24  # in one step
