@@ -265,7 +265,7 @@ def _matches(scene: Scene) -> Iterator[Score]:
     found = scene.samples.floats("matches", "rms_distance.csp")
     rows = _by_target(scene, [None if d != d else float(d) for d in found.tolist()])
     most = max(map(len, rows))
-    ks = [k for k in _KS if k <= most] or [1]
+    ks = sorted({k for k in _KS if k <= most} | {max(1, most)})
     truth = passes(scene.targets, "cdvae.valid").tolist()
     gates = {
         "kit": None, "kit_gated": "cdvae.valid", "cdvae": "cdvae.valid", "diffcsp": "cdvae.valid",

@@ -3,6 +3,7 @@
 import gzip
 import json
 
+import numpy as np
 import pytest
 from pymatgen.core import Lattice, Structure
 
@@ -17,7 +18,7 @@ from crystallm_kit.text.representation import representation
 @pytest.fixture
 def rocksalt():
     """NaCl, mp-22862 (https://next-gen.materialsproject.org/materials/mp-22862)."""
-    return Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.69), ["Na", "Cl"], [[0, 0, 0], [0.5] * 3])
+    return Structure(Lattice(2.845 * (np.ones((3, 3)) - np.eye(3))), ["Na", "Cl"], [[0, 0, 0], [0.5] * 3])
 
 
 def samples(path, **options):
@@ -111,5 +112,5 @@ def test_the_hash_is_of_the_content(tmp_path, rocksalt):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.cif").write_text(rocksalt.to(fmt="cif"))
     assert content_hash([tmp_path / "one"]) == content_hash([tmp_path / "two"])
-    (tmp_path / "two" / "a.cif").write_text(rocksalt.to(fmt="cif").replace("5.69", "5.70"))
+    (tmp_path / "two" / "a.cif").write_text(rocksalt.to(fmt="cif").replace("Cl", "Br"))
     assert content_hash([tmp_path / "one"]) != content_hash([tmp_path / "two"])
