@@ -13,6 +13,14 @@ for the same at its defaults share one place, and the votes of all of them. (At 
 structure prediction rock salt and zinc blende are one; match rates on mp_val are the same with either.) Where
 there is none left, or none at all, the completion is empty, its stop reason "error", and its detail says why.
 
+Measured (structure prediction, composition alone, no validity gate, tolerances csp):
+
+    python -m crystallm_kit.benchmark predict mp_test.parquet --targets 1600 --samples 20 --engine template \
+        --library mp_train.parquet wbm_train.parquet
+    n = 1: 70.5 % (68.2 to 72.7), RMSE 0.032     n = 5: 84.6 % (82.7 to 86.2)     n = 20: 89.4 % (87.8 to 90.9)
+
+and 73.3, 85.5, 88.8 % of the first 600. All settings were chosen on mp_val. An answer takes about 20 ms.
+
 Not here: how votes are counted (structures/templates.py), and the matcher (scores/structure_matcher.py).
 """
 
