@@ -43,6 +43,7 @@ from crystallm_kit.text.wyckoff import symmetric_to_text
 from crystallm_kit.tokens.requests import Request
 
 _POOL = 40
+_MOST_KNOWN = 500_000  # pairs whose comparison is remembered, of about 300 bytes
 _HEADER = re.compile(r"((?:[A-Z][a-z]?[0-9]{1,2} )+)([0-9]{1,3})\n")
 
 
@@ -159,6 +160,8 @@ class TemplateEngine:
         places = frozenset((old, back[new]) for old, new in first.replaced)
         key = (first.entry, second.entry, places)
         if key not in self._same:
+            if len(self._same) >= _MOST_KNOWN:
+                self._same.clear()
             self._same[key] = fit(form, other, TOLERANCES["default"])
         return self._same[key]
 
