@@ -1,6 +1,6 @@
 """Sample sets -> parts on disk, as they came, ready for the stages; a killed intake goes on where it was.
 
-    work/DiffCSP/read/part-00000.parquet   250 samples each
+    work/DiffCSP/read/part-00000.parquet   250 samples; beyond 100 parts 1,000 each, beyond 200 4,000
     work/DiffCSP/read/whole.json           {"n": 10000}, once all are there
 
 Not here: what a set is (sample_sets.py), the columns' schema (stages.py).
@@ -19,6 +19,7 @@ from crystallm_kit.scoring.sample_sets import Incoming, SampleSet, samples_of
 from crystallm_kit.scoring.stages import READ
 
 PART = 250  # samples: what a kill may cost of each worker
+_GROW_AFTER, _GROWTH = 100, (1, 4, 16)  # parts; a million samples are 419 files a stage, not 4,000
 _WHOLE = "whole.json"
 Samples = Callable[[int], Iterator[Incoming]]
 
@@ -34,6 +35,11 @@ class Part:
 
     number: int
     n: int
+
+
+def part_size(number: int) -> int:
+    """Return how many samples a part holds, unless it is the last one."""
+    return PART * _GROWTH[min(number // _GROW_AFTER, len(_GROWTH) - 1)]
 
 
 def take_in(sample_set: SampleSet, folder: Path, *, samples: Samples | None = None) -> Iterator[Part]:
@@ -52,13 +58,16 @@ def take_in(sample_set: SampleSet, folder: Path, *, samples: Samples | None = No
     if n_taken_in(folder) is not None:
         yield from there
         return
-    if there and there[-1].n < PART:  # the end of a run that was killed before it could say so
+    if there and there[-1].n < part_size(
+        there[-1].number
+    ):  # the end of a run that was killed before it could say so
         part_path(folder, there.pop().number).unlink()
     yield from there
-    n = PART * len(there)
+    number, n = len(there), sum(part.n for part in there)
     coming = samples(n) if samples is not None else _all_requested(sample_set, n)
-    while rows := [_columns(n + i, one) for i, one in enumerate(islice(coming, PART))]:
-        part = Part(n // PART, len(rows))
+    while rows := [_columns(n + i, one) for i, one in enumerate(islice(coming, part_size(number)))]:
+        part = Part(number, len(rows))
+        number += 1
         write_part(part_path(folder, part.number), rows, READ)
         n += len(rows)
         yield part

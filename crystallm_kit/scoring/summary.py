@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from crystallm_kit.errors import UnknownName
 from crystallm_kit.scores.asked import PREFIX, asked_of, hit_scores
@@ -219,7 +220,7 @@ def _wasserstein(scene: Scene) -> Iterable[Score]:
 
 def _distributed(view: View, chosen: Truth) -> list[Distributed]:
     density, n_elements = view.floats("checks", "density_g_cm3"), view.floats("checks", "n_elements")
-    at = np.flatnonzero(chosen & np.isfinite(density) & np.isfinite(n_elements))
+    at = _some(chosen & np.isfinite(density) & np.isfinite(n_elements))
     return [Distributed(float(density[i]), int(n_elements[i])) for i in at.tolist()]
 
 
@@ -238,12 +239,18 @@ def _statistics(scene: Scene) -> Iterator[Score]:
         yield from genmetrics_validity(whole, known_ones, over="readable")
 
 
-def _set_columns(view: View, chosen: Truth, spacegroup: str) -> SetColumns | None:
-    """Return what is compared of the chosen samples; of very many, of some drawn with a seed."""
-    measured = np.isfinite(view.floats("checks", "density_g_cm3"))
-    at = np.flatnonzero(chosen & measured)
+def _some(chosen: Truth) -> NDArray[np.intp]:
+    """Return which samples are chosen; of very many, of some drawn with a seed, since bootstraps copy them."""
+    at = np.flatnonzero(chosen)
     if len(at) > _MOST_IN_STATISTICS:
         at = np.sort(np.random.default_rng(0).choice(at, _MOST_IN_STATISTICS, replace=False))
+    return at
+
+
+def _set_columns(view: View, chosen: Truth, spacegroup: str) -> SetColumns | None:
+    """Return what is compared of the chosen samples."""
+    measured = np.isfinite(view.floats("checks", "density_g_cm3"))
+    at = _some(chosen & measured)
     if not len(at):
         return None
     return columns_of(
