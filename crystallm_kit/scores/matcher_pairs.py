@@ -151,7 +151,7 @@ def _substituted(
     if not others:
         return None
     other = _one_of(others, rng)
-    order_of = [sorted(s.composition.items(), key=lambda p: (p[1], p[0].X, p[0].Z)) for s in (other, target)]
+    order_of = [sorted(s.composition.items(), key=lambda p: (p[1], p[0].Z)) for s in (other, target)]
     mapping = {mine: theirs for (mine, _), (theirs, _) in zip(*order_of, strict=True)}
     return Structure(other.lattice, [mapping[site.specie] for site in other], other.frac_coords)
 

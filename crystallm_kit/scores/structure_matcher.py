@@ -247,7 +247,9 @@ def _formula(numbers: NDArray[np.int16]) -> str:
 def _formula_of(numbers: tuple[int, ...]) -> str:
     counts = Counter(Element.from_Z(number).symbol for number in numbers)
     divisor = math.gcd(*counts.values())
-    return Composition({symbol: count // divisor for symbol, count in counts.items()}).reduced_formula
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # helium has no electronegativity to sort it by
+        return Composition({symbol: count // divisor for symbol, count in counts.items()}).reduced_formula
 
 
 @cache

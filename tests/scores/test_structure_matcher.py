@@ -249,6 +249,7 @@ def data_folder(name):
 
 
 @pytest.mark.real_data
+@pytest.mark.filterwarnings("ignore:No Pauling electronegativity")
 def test_real_pairs_are_judged_as_by_pymatgen():
     pool = pool_of(data_folder("CRYSTALLM_KIT_DATA"), data_folder("CRYSTALLM_KIT_SAMPLES"), limit=150)
     agrees(real_pairs(pool, 100, seed=7), fit=60, rms=80)
@@ -256,6 +257,7 @@ def test_real_pairs_are_judged_as_by_pymatgen():
 
 @pytest.mark.slow
 @pytest.mark.real_data
+@pytest.mark.filterwarnings("ignore:No Pauling electronegativity")  # pymatgen's formulas of noble gases
 def test_more_real_pairs_are_judged_as_by_pymatgen_and_twenty_times_faster():
     pool = pool_of(data_folder("CRYSTALLM_KIT_DATA"), data_folder("CRYSTALLM_KIT_SAMPLES"), limit=2000)
     agrees(real_pairs(pool, 1500, seed=8), fit=1500, rms=1700)
