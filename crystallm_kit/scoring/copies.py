@@ -21,11 +21,21 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from crystallm_kit.errors import UserError
+from crystallm_kit.scores.mattergen_disorder import Alloy
+from crystallm_kit.scores.mattergen_disorder import first_copies as first_copies_of_alloys
 from crystallm_kit.scores.novelty import Bucket, duplicate_pairs, first_copies, later_copies
 from crystallm_kit.scores.structure_matcher import TOLERANCES, Reduced
 from crystallm_kit.scoring import reducing
 from crystallm_kit.scoring.pool import Marks, TooLong
-from crystallm_kit.scoring.rows import STRUCTURE_COLUMNS, form_of, part_path, parts_of, read_part, write_part
+from crystallm_kit.scoring.rows import (
+    STRUCTURE_COLUMNS,
+    form_of,
+    part_path,
+    parts_of,
+    read_part,
+    structure_of,
+    write_part,
+)
 
 _PER_BUCKET = 1000  # samples
 _MOST_BUCKETS = 256
@@ -43,6 +53,7 @@ class Rule:
         bucket: Within which formulas samples are compared.
         later: A copy is one that a later sample equals, as LeMat counts; else one that equals a kept earlier.
         pairs: Ordered pairs of samples that match are counted instead, as matbench-genmetrics does.
+        disordered: Two orderings of one alloy are copies, as MatterGen has it; slow.
     """
 
     gate: str
@@ -50,6 +61,7 @@ class Rule:
     bucket: Bucket = "reduced_formula"
     later: bool = False
     pairs: bool = False
+    disordered: bool = False
 
 
 RULES = {
@@ -58,6 +70,7 @@ RULES = {
     "crystallm": Rule("crystallm.valid", bucket="cell_formula"),
     "lemat": Rule("lemat.valid", "lemat", later=True),
     "genmetrics": Rule("", "csp", pairs=True),
+    "mattergen": Rule("", disordered=True),
 }
 COPIES = pa.schema(
     [
@@ -97,7 +110,9 @@ def collect(folder: Path, rules: Sequence[str], n: int) -> Copies:
     return Copies(of, pairs)
 
 
-def fill_buckets(forms: Path, checks: Path, folder: Path, gates: Mapping[str, Path], n: int) -> int:
+def fill_buckets(
+    forms: Path, checks: Path, folder: Path, gates: Mapping[str, Path], n: int, *, cells: Path | None = None
+) -> int:
     """Write the buckets of a set, and return how many there are.
 
     Args:
@@ -105,12 +120,14 @@ def fill_buckets(forms: Path, checks: Path, folder: Path, gates: Mapping[str, Pa
         folder: For the buckets.
         gates: Columns that rules ask for, and the folders of their stages.
         n: Samples.
+        cells: Folder of the samples as they came, for rules that compare these.
     """
     n_buckets = min(_MOST_BUCKETS, max(1, n // _PER_BUCKET))
     names = [name for name, _ in STRUCTURE_COLUMNS]
     schema = pa.schema(
         [("position", pa.int64()), ("reduced_formula", pa.string()), ("cell_formula", pa.string()),
-         *STRUCTURE_COLUMNS, *((gate, pa.bool_()) for gate in gates)]
+         *STRUCTURE_COLUMNS, *((gate, pa.bool_()) for gate in gates),
+         *((f"cell_{name}", kind) for name, kind in STRUCTURE_COLUMNS if cells is not None)]
     )  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
     writers = [pq.ParquetWriter(part_path(folder, b), schema, compression="zstd") for b in range(n_buckets)]
@@ -122,6 +139,9 @@ def fill_buckets(forms: Path, checks: Path, folder: Path, gates: Mapping[str, Pa
         for gate, home in gates.items():
             for check, row in zip(check_rows, read_part(part_path(home, number), [gate]), strict=True):
                 check.update(row)
+        if cells is not None:
+            for check, row in zip(check_rows, read_part(part_path(cells, number), names), strict=True):
+                check.update({f"cell_{name}": value for name, value in row.items()})
         for form, check in zip(form_rows, check_rows, strict=True):
             if form["numbers"] is not None:
                 bucket = zlib.crc32(form["reduced_formula"].encode()) % n_buckets
@@ -180,7 +200,14 @@ def find_copies(task: dict[str, Any], marks: Marks) -> dict[str, Any]:
     return {"n": sum(map(len, groups.values()))}
 
 
+_CELL = [name for name, _ in STRUCTURE_COLUMNS]
+
+
 def _copies(name: str, rule: Rule, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if rule.disordered:
+        cells = [structure_of({column: row[f"cell_{column}"] for column in _CELL}) for row in rows]
+        alloys = [None if cell is None else Alloy(cell) for cell in cells]
+        return _named(name, rows, first_copies_of_alloys(alloys))
     forms: list[Reduced | None] = [form_of(r) if not rule.gate or r[rule.gate] else None for r in rows]
     tolerances = TOLERANCES[rule.tolerances]
     if rule.pairs:
@@ -191,6 +218,10 @@ def _copies(name: str, rule: Rule, rows: list[dict[str, Any]]) -> list[dict[str,
         of = first_copies(
             forms, tolerances, bucket=rule.bucket, cell_formulas=[r["cell_formula"] for r in rows]
         )
+    return _named(name, rows, of)
+
+
+def _named(name: str, rows: list[dict[str, Any]], of: Sequence[int | None]) -> list[dict[str, Any]]:
     return [
         {"position": row["position"], "rule": name, "of": rows[i]["position"]}
         for row, i in zip(rows, of, strict=True)

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from crystallm_kit.scores.mattergen_disorder import Alloy, matches_among
 from crystallm_kit.scores.novelty_index import NoveltyIndex
 from crystallm_kit.scores.structure_matcher import TOLERANCES
 from crystallm_kit.scoring import reducing
@@ -43,6 +44,16 @@ def know(item: Item, settings: Mapping[str, Any], where: Mapping[str, Any]) -> d
         columns["known_as.cell_formula"] = index.find(form, TOLERANCES["default"], cell_sites=n_sites)
         columns["known_as.genmetrics"] = index.find(form, TOLERANCES["csp"], form_is_second=True)
     return columns
+
+
+def know_alloy(item: Item, settings: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the column of `known_alloys`: the same by MatterGen's matcher, to which order is nothing."""
+    del settings
+    if item.structure is None:
+        return {}
+    alloy = Alloy(item.structure)
+    entries = _index(where["index"]).entries(alloy.form.formula)
+    return {"known_as.disordered": next(matches_among(alloy, entries), None)}
 
 
 def build_index(read: Path, forms: Path, folder: Path) -> int:

@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from crystallm_kit.scores.protocols import PUBLISHED, protocol_text
 from crystallm_kit.scores.score import Score
 from crystallm_kit.scoring.exhibits import distributions, edges_of, funnel, gallery, parities
 from crystallm_kit.scoring.scene import Scene
-from crystallm_kit.scoring.summary import PROTOCOLS
 
 REPORT = "report.json"
 _LIBRARIES = (
@@ -62,9 +62,12 @@ def report_of(
         "versions": versions(),
         "settings": dict(settings),
         "protocols": {
-            name: {"title": p.title, "text": p.text, "settings": dict(p.settings)}
-            for name, p in PROTOCOLS.items()
-            if name in protocols
+            name: {
+                "title": PUBLISHED[name].title,
+                "text": protocol_text(name),
+                "settings": {"frozen": PUBLISHED[name].frozen, "source": PUBLISHED[name].source},
+            }
+            for name in protocols
         },
         "sets": [_set(*one, edges) for one in scored],
         "reference": None if reference is None else {

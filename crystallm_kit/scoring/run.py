@@ -132,6 +132,10 @@ class Request:
         fits = not self.targets and self.cutoffs == "mp_20"
         return [name for protocol, name in _PUBLISHED.items() if fits and protocol in protocols]
 
+    def mixes_alloys(self) -> bool:
+        """Tell whether MatterGen's matcher was asked for by name, which takes long."""
+        return "mattergen" in (self.protocols or ())
+
     def counts_bonds(self) -> bool:
         """Tell whether a protocol was named that is nothing without bonds, which take long."""
         return bool({"crystallm", "crystallm_pi"} & set(self.protocols or ()))
@@ -294,7 +298,7 @@ class _Runner:
         home = self.work / one.name
         asked = [Asked("checks"), Asked("forms")]
         if reference is not None:
-            asked.append(self._known)
+            asked += self._known
         if self.request.fingerprints:
             asked.append(Asked("fingerprints"))
         if self.request.counts_bonds():
@@ -320,8 +324,10 @@ class _Runner:
         return Scored(one, scene, found, seconds)
 
     @property
-    def _known(self) -> Asked:
-        return Asked("known", {"reference": self.inputs["reference"]}, {"index": str(self._index)})
+    def _known(self) -> list[Asked]:
+        stages = ["known", "known_alloys"] if self.request.mixes_alloys() else ["known"]
+        content, where = {"reference": self.inputs["reference"]}, {"index": str(self._index)}
+        return [Asked(stage, content, where) for stage in stages]
 
     def _worked_out(
         self, one: SampleSet, home: Path, what: str, asked: Sequence[Asked], samples: Samples | None = None
@@ -365,14 +371,26 @@ class _Runner:
             for stage in ("checks", "bonds")
             if view.has(stage) and rule.gate in STAGES[stage].schema.names
         }
-        rules = [name for name, rule in RULES.items() if not rule.gate or rule.gate in gates]
+        mixes = self.request.mixes_alloys()
+        rules = [
+            name
+            for name, rule in RULES.items()
+            if (not rule.gate or rule.gate in gates) and (mixes or not rule.disordered)
+        ]
         sources = sorted({view.folders["forms"].name, *(gate.name for gate in gates.values())})
         folder = home / "-".join(["copies", *rules, *sources])
         step = self.telling.step(f"{what}: copies")
         step.expect(view.n)
         whole = folder / "buckets.json"
         if not whole.exists():
-            n = fill_buckets(view.folders["forms"], view.folders["checks"], folder / "buckets", gates, view.n)
+            n = fill_buckets(
+                view.folders["forms"],
+                view.folders["checks"],
+                folder / "buckets",
+                gates,
+                view.n,
+                cells=view.folders["read"] if mixes else None,
+            )
             whole.write_text(str(n), encoding="utf-8")
         waiting = []
         for bucket in range(int(whole.read_text(encoding="utf-8"))):
@@ -412,7 +430,7 @@ class _Runner:
         stages = [*asked, Asked("stability", settings, where)]
         view, more = self._worked_out(one, home, f"{one.name}: stability", stages)
         seconds |= more
-        again = [Asked("checks"), Asked("forms")] + ([self._known] if request.reference else [])
+        again = [Asked("checks"), Asked("forms")] + (self._known if request.reference else [])
         place = home / f"relaxed-{request.potential.replace(':', '-')}"
         samples = relaxed_samples(view, folder)
         inner, _ = self._worked_out(one, place, f"{one.name}: relaxed structures", again, samples)

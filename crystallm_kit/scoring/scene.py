@@ -133,8 +133,9 @@ def unique(view: View, copies: Copies, rule: str) -> Truth:
 
 def known(view: View, column: str) -> Truth | None:
     """Return which samples of a set are in the reference; None: there is no reference."""
-    if not view.has("known"):
+    stage = "known_alloys" if column == "disordered" else "known"
+    if not view.has(stage):
         return None
     # what could not be looked up is not called new
-    pairs = zip(view.texts("known", f"known_as.{column}"), view.texts("known", "trouble"), strict=True)
+    pairs = zip(view.texts(stage, f"known_as.{column}"), view.texts(stage, "trouble"), strict=True)
     return np.array([one is not None or trouble is not None for one, trouble in pairs])

@@ -143,6 +143,7 @@ STAGES: dict[str, Stage] = {
             ("known_formula", _TRUTH), ("known_system", _TRUTH), ("known_as.default", _TEXT),
             ("known_as.lemat", _TEXT), ("known_as.genmetrics", _TEXT), ("known_as.cell_formula", _TEXT),
         ), "knowing:know", ("forms",)),
+        Stage("known_alloys", 1, 120.0, (("known_as.disordered", _TEXT),), "knowing:know_alloy"),
         Stage("fingerprints", 1, 60.0, (
             ("fingerprintable", _TRUTH), ("fingerprint_reason", _TEXT),
             ("structure_fingerprint", pa.list_(_FLOAT)), ("composition_fingerprint", pa.list_(_FLOAT)),

@@ -10,10 +10,10 @@ Not here: the numbers' definitions (scores/), the columns (stages.py).
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,7 @@ from crystallm_kit.scores.novelty_scores import (
     lemat_scores,
     mattergen_scores,
 )
+from crystallm_kit.scores.protocols import PUBLISHED
 from crystallm_kit.scores.score import Score, not_computed, share
 from crystallm_kit.scores.set_columns import SetColumns, columns_of
 from crystallm_kit.scores.stability_scores import Standing, stability_scores
@@ -53,22 +54,10 @@ NO_TARGETS = "no targets: give --targets"
 NO_FINGERPRINTS = "no fingerprints: give --fingerprints"
 NO_BONDS = "bonds are counted if this protocol is named with --protocol"
 NO_STABILITY = "not relaxed: give --relax and --hull"
+# "csp" is a matcher, whose match rates stand under the protocols that gate them.
+_KNOWN = tuple(name for name in PUBLISHED if name != "csp")
 _KS = (1, 5, 10, 20, 50, 100)
 _MOST_IN_STATISTICS = 100_000  # rows of which bootstraps are drawn
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """What a protocol is, for people.
-
-    Attributes:
-        title, text: For people.
-        settings: Tolerances, tables, denominators that it stands for.
-    """
-
-    title: str
-    text: str
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,7 +81,9 @@ def scores(scene: Scene, protocols: Sequence[str]) -> list[Score]:
         if not family.protocols or set(family.protocols) & set(protocols)
         for score in family.count(scene)
     ]
-    return [score for name in protocols for score in found if _home(score) == name]
+    by_name = {score.name: score for score in reversed(found)}  # of two counts of one number the first
+    return [score for name in protocols for score in dict.fromkeys(found)
+            if _home(score) == name and by_name[score.name] is score]  # fmt: skip
 
 
 def _home(score: Score) -> str:
@@ -103,9 +94,9 @@ def _home(score: Score) -> str:
 def check_protocols(names: Sequence[str] | None) -> list[str]:
     """Return the protocols that are asked for; None: all. Raises UnknownName with the nearest known one."""
     for name in names or ():
-        if name not in PROTOCOLS:
-            raise UnknownName.among("protocol", name, PROTOCOLS)
-    return list(dict.fromkeys(names)) if names else list(PROTOCOLS)
+        if name not in _KNOWN:
+            raise UnknownName.among("protocol", name, _KNOWN)
+    return list(dict.fromkeys(names)) if names else list(_KNOWN)
 
 
 # ---------------------------------------------------------------- of single samples
@@ -174,14 +165,18 @@ def _mattergen(scene: Scene) -> Iterator[Score]:
     scored = view.readable()
     if not scored.any():
         return
-    found = mattergen_scores(
-        scored, unique(view, copies, "default"), known(view, "default"), matcher="ordered",
-        systems=["-".join(one) if one is not None else None for one in view.column("checks", "elements")],
-        known_system=view.truth("known", "known_system") if view.has("known") else None,
-    )  # fmt: skip
+    systems = ["-".join(one) if one is not None else None for one in view.column("checks", "elements")]
+    known_system = view.truth("known", "known_system") if view.has("known") else None
     what = "relaxed structures" if relaxed else "structures as submitted, not relaxed"
-    for one in found:
-        yield _noted(one, what)
+    matchers: list[tuple[Literal["disordered", "ordered"], str, str]] = [("ordered", "default", "default")]
+    if "mattergen" in copies.of:
+        matchers.insert(0, ("disordered", "mattergen", "disordered"))
+    for matcher, rule, column in matchers:
+        for one in mattergen_scores(
+            scored, unique(view, copies, rule), known(view, column), matcher=matcher, systems=systems,
+            known_system=known_system,
+        ):  # fmt: skip
+            yield _noted(one, what)
 
 
 def _noted(score: Score, what: str) -> Score:
@@ -240,7 +235,7 @@ def _statistics(scene: Scene) -> Iterator[Score]:
 
 
 def _some(chosen: Truth) -> NDArray[np.intp]:
-    """Return which samples are chosen; of very many, of some drawn with a seed, since bootstraps copy them."""
+    """Return which are chosen; of very many some, drawn with a seed, since bootstraps copy them."""
     at = np.flatnonzero(chosen)
     if len(at) > _MOST_IN_STATISTICS:
         at = np.sort(np.random.default_rng(0).choice(at, _MOST_IN_STATISTICS, replace=False))
@@ -347,48 +342,3 @@ FAMILIES = (
     Family(_matches, ("kit", "cdvae", "diffcsp", "crystallm", "crystallm_pi")),
     Family(_stability, ("kit", "mattergen", "lemat", "crystal_text_llm")),
 )
-
-_SMACT = {"smact": "2.2.1"}
-PROTOCOLS: dict[str, Protocol] = {
-    "kit": Protocol(
-        "crystallm_kit",
-        "The kit's own: LeMat's distances with images of the same atom, plausible density, SMACT charge; "
-        "first seen kept; of all that was requested. Beside peers' numbers stand those without "
-        "their loopholes.",
-        {"matcher": "0.2 / 0.3 / 5", "match rates": "0.3 / 0.5 / 10", **_SMACT},
-    ),
-    "cdvae": Protocol(
-        "CDVAE",
-        "Volume from 0.1 A^3, different sites from 0.5 A, SMACT; coverage by CrystalNN and magpie "
-        "fingerprints (Xie et al., arXiv:2110.06197).",
-        {"coverage cut-offs": "0.4 / 10 (MP-20)", **_SMACT},
-    ),
-    "diffcsp": Protocol(
-        "DiffCSP", "As CDVAE; more than 1e7 oxidation combinations fail (Jiao et al., arXiv:2309.04475).",
-        {"matcher": "0.3 / 0.5 / 10", **_SMACT},
-    ),
-    "crystal_text_llm": Protocol(
-        "Crystal-text-LLM", "As CDVAE, of what could be parsed (Gruver et al., arXiv:2402.04379).", _SMACT
-    ),
-    "crystallm": Protocol(
-        "CrystaLLM",
-        "The CIF's own formulas, multiplicities, space group, bond lengths; unique and novel within equal "
-        "cell formulas (Antunes et al., Nat. Commun. 15, 10570).",
-        {"matcher": "0.2 / 0.3 / 5", **_SMACT},
-    ),
-    "crystallm_pi": Protocol("CrystaLLM-pi", "As CrystaLLM; no edge over 40 A in its XRD gate.", _SMACT),
-    "mattergen": Protocol(
-        "MatterGen", "Relaxed structures, of those that were scored (Zeni et al., Nature 639, 624).",
-        {"matcher": "0.2 / 0.3 / 5, ordered", "stable": "<= 0.1 eV/atom"},
-    ),
-    "lemat": Protocol(
-        "LeMat-GenBench", "Charge, distances, plausibility; later numbers of the valid ones "
-        "(arXiv:2512.04562).",
-        {"matcher": "0.1 / 0.3 / 5", "stable": "<= 0 eV/atom"},
-    ),
-    "genmetrics": Protocol(
-        "matbench-genmetrics", "Nearness of distributions, ordered pairs of copies, matches in the reference "
-        "(Baird et al., JOSS 9, 5618).",
-        {"matcher": "0.3 / 0.5 / 10"},
-    ),
-}  # fmt: skip

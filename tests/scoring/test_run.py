@@ -167,6 +167,21 @@ def test_targets_give_match_rates(tmp_path):
     assert found["kit.metre@2"].numerator == 2
 
 
+@pytest.mark.slow
+def test_matters_of_order_are_nothing_to_mattergens_matcher(tmp_path):
+    """CuAu as L1_0 and as L1_1 (Strukturbericht), one lattice: two crystals, one disordered alloy."""
+    first = Structure(Lattice.tetragonal(2.8, 3.96), ["Cu", "Au"], [[0, 0, 0], [0.5] * 3])
+    fcc = Structure(Lattice(3.96 * FCC[1:]), ["Cu"], [[0, 0, 0]])
+    fcc.make_supercell([[2, 0, 0], [1, 1, 0], [1, 0, 1]])
+    fcc.replace(1, "Au")
+    write([Crystal("L1_0", first), Crystal("L1_1", fcc)], tmp_path / "cuau.extxyz")
+    write([Crystal("known", first)], tmp_path / "known.extxyz")
+    options = {"reference": tmp_path / "known.extxyz", "out": tmp_path / "out", "protocols": ["mattergen"]}
+    found = by_name(score(tmp_path / "cuau.extxyz", **options)["cuau"])
+    assert (found["mattergen.ordered_unique"].numerator, found["mattergen.unique"].numerator) == (2, 1)
+    assert (found["mattergen.ordered_novel"].numerator, found["mattergen.novel"].numerator) == (1, 0)
+
+
 def test_targets_that_do_not_pair_are_told(tmp_path, generated):
     write(
         [Crystal("mp-1", rocksalt("Na", "Cl")), Crystal("mp-2", rocksalt("Cs", "F"))], tmp_path / "t.extxyz"
