@@ -4,9 +4,13 @@
 
 How likely a crystal is, by each: the template engine says it itself (its share of the votes, the logarithm of
 which is `log_probability`); of a model it is the share of its draws that are this crystal. Candidates that
-the matcher of structure prediction holds for the same are one crystal; crystals stand in the order of the
-mean of the two shares. Each is shown by its template where there is one, else by its most probable draw; the
-others follow when every crystal has been shown.
+pymatgen's matcher holds for the same at its defaults are one crystal; crystals stand in the order of the
+weighted mean of the two shares. Each is shown by its template where there is one, else by its most probable
+draw; the others follow when every crystal has been shown.
+
+What it brings (first 300 of mp_val, mp_train + wbm_train, 20 candidates each of the shipped model and of
+templates; match rates at n = 1, 5, 20, in per cent): templates 73.0, 85.3, 87.7; both 72.0, 84.3, 89.0. The
+model finds crystals that no template gives; it does not tell better which comes first.
 
 Not here: candidates of a model alone (generation.ranked), order by energy (prediction.py).
 """
@@ -19,6 +23,9 @@ from pymatgen.core import Structure
 
 from crystallm_kit.records import Sample
 from crystallm_kit.scores.structure_matcher import TOLERANCES, Reduced, fit, reduce_many
+
+# Weight of the templates' share, chosen on those 300: of 0.5, 0.6, 0.7, 0.8 the best at n = 20.
+_OF_TEMPLATES = 0.7
 
 
 @dataclass
@@ -40,15 +47,15 @@ def pooled(by_template: Sequence[Sample], by_model: Sequence[Sample]) -> list[Sa
     drawn = sorted(
         by_model, key=lambda s: -s.log_probability if math.isfinite(s.log_probability) else math.inf
     )
-    shares = [math.exp(s.log_probability) for s in by_template if s.structure is not None]
+    shares = [_OF_TEMPLATES * math.exp(s.log_probability) for s in by_template if s.structure is not None]
     candidates = [s for s in (*by_template, *drawn) if s.structure is not None]
-    shares += [1 / max(len(by_model), 1)] * (len(candidates) - len(shares))
+    shares += [(1 - _OF_TEMPLATES) / max(len(by_model), 1)] * (len(candidates) - len(shares))
     structures = [s.structure if isinstance(s.structure, Structure) else None for s in candidates]
     crystals: list[_Crystal] = []
     for sample, share, form in zip(candidates, shares, reduce_many(structures), strict=True):
         if form is None:
             continue
-        same = next((c for c in crystals if fit(form, c.form, TOLERANCES["csp"])), None)
+        same = next((c for c in crystals if fit(form, c.form, TOLERANCES["default"])), None)
         if same is None:
             same = _Crystal(form)
             crystals.append(same)

@@ -1,4 +1,4 @@
-"""Candidates of templates and of a model in one order: by the mean of what each gives a crystal."""
+"""Candidates of templates and of a model in one order: by the weighted mean of what each gives a crystal."""
 
 import math
 
@@ -30,7 +30,7 @@ def test_crystals_stand_in_the_order_of_both_shares_together():
     ]
     by_model = [sample(f"m swapped {i}", SWAPPED.format(a=4.0 + 0.1 * i), -5.0 - i) for i in range(3)]
     by_model.append(sample("m failed"))
-    # cubic 0.5; swapped 0.3 + 3/4
+    # cubic 0.7 * 0.5; swapped 0.7 * 0.3 + 0.3 * 3/4
     assert names(pooled(by_template, by_model))[:2] == ["t swapped", "t cubic"]
     # of 30 draws, 3 are a tenth
     more = [*by_model, *(sample("m failed") for _ in range(26))]
