@@ -204,7 +204,8 @@ def validate(options: argparse.Namespace) -> int:
 
 def score(options: argparse.Namespace) -> int:
     """Score sample sets side by side; write rows and report, show the scores."""
-    from crystallm_kit.scoring.run import Request, run
+    from crystallm_kit.scoring.request import Request
+    from crystallm_kit.scoring.run import run
     from crystallm_kit.scoring.sample_sets import named_sets
     from crystallm_kit.scoring.terminal import print_report
 
