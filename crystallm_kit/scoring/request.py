@@ -33,7 +33,7 @@ class Request:
         reference: Files of the set that tells what is new, and to which distributions are compared.
         targets: Files with the true structures of a prediction; `pairing` says how samples pair with them.
         protocols: Names; None: all.
-        fingerprints: Whether to make them, for coverage and cdvae.valid; about 0.1 s of a core a crystal.
+        fingerprints: Whether to make them, for coverage and cdvae.valid; about 0.01 s of a core a crystal.
         relax: Whether to relax the samples and judge their stability, which needs `hull`.
         hull: File of energies that the convex hull is made of.
         potential: That relaxes and judges; a name or "module:factory".

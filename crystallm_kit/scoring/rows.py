@@ -91,7 +91,7 @@ def structure_columns(structure: Structure) -> dict[str, Any]:
 
 def structure_of(row: Mapping[str, Any]) -> Structure | None:
     """Return a row's structure, to the last bit; None where it has none."""
-    if row["numbers"] is None:
+    if row.get("numbers") is None:
         return None
     lattice = Lattice(np.array(row["lattice"]).reshape(3, 3))
     return Structure(lattice, row["numbers"], np.array(row["fractional"]).reshape(-1, 3))
@@ -111,7 +111,7 @@ def form_columns(form: Reduced | None) -> dict[str, Any]:
 
 def form_of(row: Mapping[str, Any]) -> Reduced | None:
     """Return a row's reduced form; None where it has none."""
-    if row["numbers"] is None:
+    if row.get("numbers") is None:
         return None
     return Reduced(
         row["reduced_formula"],
