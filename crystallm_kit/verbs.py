@@ -416,9 +416,10 @@ def benchmark(options: argparse.Namespace) -> int:
 
     recipe = load_recipe(options.recipe, BenchmarkRecipe, tuple(options.set))
     out = options.out or Path("runs") / options.recipe.stem
-    words = ["crystallm-kit", "benchmark", str(options.recipe), *(f"--set {entry}" for entry in options.set)]
+    settings = [word for entry in options.set for word in ("--set", entry)]
+    command = shlex.join(["crystallm-kit", "benchmark", str(options.recipe), *settings])
     rows = run_benchmark(
-        recipe, out, where=str(options.recipe), command=" ".join(words), processes=options.workers,
+        recipe, out, where=str(options.recipe), command=command, processes=options.workers,
         batch_size=options.batch_size, say=lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     if options.json:

@@ -69,8 +69,12 @@ def own_table(rows: Sequence[OwnRow]) -> list[str]:
     for name in names:
         cells = (number_text(row.scores[name]) if name in row.scores else "" for row in rows)
         lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    notes = {name: s.note for row in rows for name, s in row.scores.items() if s.note}
-    return [*lines, "", *(f"- `{name}`: {note}" for name, note in notes.items())]
+    notes: dict[str, dict[str, None]] = {}  # note -> the scores that it is of, in order
+    for row in rows:
+        for name, score in row.scores.items():
+            if score.note:
+                notes.setdefault(score.note, {})[name] = None
+    return [*lines, "", *(f"- {', '.join(f'`{n}`' for n in names)}: {note}" for note, names in notes.items())]
 
 
 def published_lines(table: PublishedTable, rows: Sequence[OwnRow]) -> list[str]:
