@@ -59,7 +59,7 @@ def growing_cache(config: Any) -> Any:
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
     """Return a cache under the name by which this model takes it: `cache` from transformers 5.24 on."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's names nothing
-    return {_name_of_cache(type(base)): cache}
+    return {_name_of_cache(base.__class__): cache}
 
 
 @lru_cache(maxsize=64)

@@ -230,5 +230,5 @@ class _System:
             leaves = ties[np.argmax(used[ties])] if patient else ties[np.argmin(basis[ties])]
             basis = basis.copy()
             basis[leaves] = enters
-            inverse = np.linalg.inv(self.points_NK[basis].T)
+            inverse[:] = np.linalg.inv(self.points_NK[basis].T)
         return basis, inverse
