@@ -3,7 +3,8 @@
     out/
       settings.json       the recipe that the folder is of; another one is refused
       1-name/samples/     what the first generator drew, block by block
-      1-name/scores.json  its rows
+      1-name/scores.json  its rows, of structure prediction
+      scored/             the scoring run of samples without targets, with its report.html
       table.md table.json ours, with the published rows beside
 
 Not here: the verb's options (cli.py).
@@ -41,7 +42,6 @@ from crystallm_kit.structures.files import read
 from crystallm_kit.text.conditions import conditions_from_dict
 
 Say = Callable[[str], None]
-_SET = "samples"
 _UNASKED_PER_BLOCK = 20  # samples de novo in the place of one target's candidates
 _VERSIONS = ("crystallm-kit", "pymatgen", "torch", "transformers", "moyopy")
 
@@ -78,11 +78,15 @@ def run_benchmark(
     out = Path(out)
     _check_folder(recipe, out)
     begun = time.perf_counter()
-    targets = _targets(recipe, say)
+    targets: list[Crystal] = []
     rows: list[OwnRow] = []
-    for number, generator in enumerate(recipe.generators, start=1):
-        folder = out / f"{number}-{re.sub(r'[^A-Za-z0-9.-]+', '_', generator.name)[:60]}"
-        rows += _rows_of(recipe, generator, folder, targets, processes, batch_size, say)
+    if recipe.task == "structure-prediction":
+        targets = _targets(recipe, say)
+        for number, generator in enumerate(recipe.generators, start=1):
+            folder = _folder(out, number, generator)
+            rows += _rows_of(recipe, generator, folder, targets, processes, batch_size, say)
+    else:
+        rows = _rows_without_targets(recipe, out, processes, batch_size, say)
     about = [*_about(recipe, targets), f"command: `{command}`" if command else "command: from Python"]
     _write(out / "table.md", markdown(recipe.title, rows, tables, about))
     _write(out / "table.json", json.dumps(as_json(recipe.title, rows, about), indent=1, ensure_ascii=False))
@@ -90,9 +94,12 @@ def run_benchmark(
     return rows
 
 
+def _folder(out: Path, number: int, generator: Generator) -> Path:
+    """Return where a generator's samples and scores go."""
+    return out / f"{number}-{re.sub(r'[^A-Za-z0-9.-]+', '_', generator.name)[:60]}"
+
+
 def _targets(recipe: BenchmarkRecipe, say: Say) -> list[Crystal]:
-    if recipe.task != "structure-prediction":
-        return []
     found = list(
         islice(
             read(list(recipe.targets.files), on_error=lambda f: say(f"not a target: {f.file}: {f.reason}")),
@@ -112,15 +119,12 @@ def _rows_of(
     kept = folder / "scores.json"
     if kept.exists():
         return [_own_row(row) for row in json.loads(kept.read_text(encoding="utf-8"))["rows"]]
-    if recipe.task != "structure-prediction":
-        rows = _rows_without_targets(recipe, generator, folder, processes, batch_size, say)
-    else:
-        truths = [t.structure for t in targets if isinstance(t.structure, Structure)]
-        rows = []
-        for one in _predictions(recipe, generator, folder, targets, batch_size, say):
-            say(f"{one.name}: matching {len(truths):,} targets")
-            scores = prediction_scores(one, truths, recipe.k, processes=processes)
-            rows.append(OwnRow(one.name, scores, one.about))
+    truths = [t.structure for t in targets if isinstance(t.structure, Structure)]
+    rows = []
+    for one in _predictions(recipe, generator, folder, targets, batch_size, say):
+        say(f"{one.name}: matching {len(truths):,} targets")
+        scores = prediction_scores(one, truths, recipe.k, processes=processes)
+        rows.append(OwnRow(one.name, scores, one.about))
     folder.mkdir(parents=True, exist_ok=True)
     _write(kept, json.dumps(as_json(generator.name, rows, []), indent=1, ensure_ascii=False))
     return rows
@@ -167,30 +171,32 @@ def _model(generator: Generator, batch_size: int) -> Model:
 
 
 def _rows_without_targets(
-    recipe: BenchmarkRecipe, generator: Generator, folder: Path, processes: int | None, batch_size: int,
-    say: Say,
-) -> list[OwnRow]:  # fmt: skip
-    """Draw what nothing, or each condition, is asked of, and score it as `crystallm-kit score` does."""
+    recipe: BenchmarkRecipe, out: Path, processes: int | None, batch_size: int, say: Say
+) -> list[OwnRow]:
+    """Draw what nothing, or each condition, is asked of, and score all as `crystallm-kit score` does."""
     from crystallm_kit.scoring.run import score
 
-    model = None if generator.samples else _model(generator, batch_size)
     asked = {name: conditions_from_dict(data) for name, data in recipe.asked.items()} or {"": Conditions()}
-    rows = []
-    for number, (what, conditions) in enumerate(asked.items(), start=1):
-        name = f"{generator.name}, {what}" if what else generator.name
-        place = folder / f"asked-{number}" if what else folder
-        if model is None:
+    sets: dict[str, tuple[OwnRow, Path]] = {}
+    for number, generator in enumerate(recipe.generators, start=1):
+        model = None if generator.samples else _model(generator, batch_size)
+        for k, (what, conditions) in enumerate(asked.items(), start=1):
+            place = _folder(out, number, generator) / (f"asked-{k}" if what else "")
+            name = f"{generator.name}, {what}" if what else generator.name
             samples = Path(str(generator.samples))
-        else:
-            requests = [Asked(str(i), conditions) for i in range(recipe.n)]
-            _draw(recipe, generator, requests, model, place, 1, say, per_block=_UNASKED_PER_BLOCK)
-            samples = _joined(place)
-        scores = score(
-            f"{_SET}={samples}", reference=recipe.scoring.reference, out=place / "scored",
-            limit=recipe.n, workers=processes, **_scoring_options(recipe),
-        )  # fmt: skip
-        rows.append(OwnRow(name, {s.name: s for s in scores[_SET]}, generator.about))
-    return rows
+            if model is not None:
+                requests = [Asked(str(i), conditions) for i in range(recipe.n)]
+                _draw(
+                    recipe, replace(generator, name=name), requests, model, place, 1, say, _UNASKED_PER_BLOCK
+                )
+                samples = _joined(place)
+            sets[re.sub(r"[/=]", "-", name).lstrip(".")] = OwnRow(name, {}, generator.about), samples
+    say(f"scoring {recipe.n:,} samples of each of {len(sets)} sets")
+    found = score(
+        [f"{name}={path}" for name, (_, path) in sets.items()], reference=recipe.scoring.reference,
+        out=out / "scored", limit=recipe.n, workers=processes, **_scoring_options(recipe),
+    )  # fmt: skip
+    return [replace(row, scores={s.name: s for s in found[name]}) for name, (row, _) in sets.items()]
 
 
 def _scoring_options(recipe: BenchmarkRecipe) -> dict[str, Any]:
