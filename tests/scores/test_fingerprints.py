@@ -216,11 +216,11 @@ def test_what_has_no_fingerprint_has_a_reason(structure, reason):
 
 def test_the_time_limit_ends_a_structure_with_a_reason():
     large = CRYSTALS["rutile, shaken"] * (4, 4, 4)
-    start = time.monotonic()
+    start = time.process_time()
     found = fingerprints(large, seconds=0.2)
     assert isinstance(found, FingerprintFailure)
     assert found.reason == "fingerprint:time"
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_unknown_element_values_are_the_mean_after_scaling():
