@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import load_all_checks
@@ -213,6 +213,14 @@ BODIES = {
 }  # fmt: skip
 
 
+# A good body of each route; with another model's name it is a 404. Chance alone may leave either out.
+GOOD = {
+    "/v1/completions": {"prompt": "crystal\n", "max_tokens": 1},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "NaCl"}], "max_samples": 1},
+    "/v1/crystals": {"n": 1, "max_samples": 1},
+}
+
+
 def assert_as_documented(api: Any, path: str, body: Any) -> int:
     """Send a body; assert that the answer is none of our faults and what the document says. Its status."""
     answer = httpx.post(api.config.base_url + path, json=body, timeout=60, trust_env=False)
@@ -233,7 +241,7 @@ def assert_as_documented(api: Any, path: str, body: Any) -> int:
 @pytest.mark.parametrize("path", ROUTES)
 def test_bodies_that_nearly_make_sense_are_answered_or_refused(api, path):
     statuses = _fuzzed(api, path, 40)
-    assert {200, 400} <= statuses, "the bodies are all good, or all bad"
+    assert statuses == {200, 400, 404}, "the bodies are all good, or all bad"
 
 
 @pytest.mark.slow
@@ -248,6 +256,8 @@ def _fuzzed(api: Any, path: str, n: int) -> set[int]:
 
     @quick(n)
     @given(BODIES[path])
+    @example(GOOD[path])
+    @example({**GOOD[path], "model": "none-such"})
     def run(body: Any) -> None:
         statuses.add(assert_as_documented(api, path, body))
 
