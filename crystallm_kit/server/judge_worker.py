@@ -298,9 +298,14 @@ def main(arguments: list[str]) -> None:
 
 
 def _warm_up() -> None:
-    """Load the tables before the first task comes."""
+    """Load the tables, and compile the matcher where it has not been, before the first task comes.
+
+    Compiling takes longer than a task may keep silent: a process that began it with a task would be replaced
+    before it is done, and so would the next.
+    """
     from crystallm_kit.scores.validity import validate_and_measure
 
     rock_salt = Structure.from_spacegroup("Fm-3m", [[5.64, 0, 0], [0, 5.64, 0], [0, 0, 5.64]],
                                           ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])  # fmt: skip
     validate_and_measure(rock_salt, stated_spacegroup=225)
+    is_copy(form_of("later", rock_salt), form_of("earlier", rock_salt))
