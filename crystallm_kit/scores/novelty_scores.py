@@ -18,7 +18,8 @@ novelty.py and novelty_index.py; here is only what each protocol counts, and ove
     genmetrics.uniqueness            1 - ordered duplicate pairs              n^2 - n
     genmetrics.novelty, .coverage    1 - known; matches any test crystal      generated; test crystals
 
-Not here: what is valid (validity.py), stability (stability.py). Source: PROTOCOLS, sections 6 and 7.
+Not here: what is valid (validity.py), stability (stability.py). Sources: the peers' own
+scripts; protocols.py names them.
 """
 
 from collections.abc import Sequence

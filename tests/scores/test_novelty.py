@@ -118,7 +118,7 @@ def test_later_copies_and_pairs_are_those_of_pymatgen_in_the_peers_orders():
     [("default", 2196, 2198, 2300), ("lemat", 2208, 2205, 2309), ("csp", 2054, 2049, 2163)],
 )
 def test_published_samples_give_the_counts_of_the_peers_own_loops(name, kept, reversed_kept, in_cells):
-    """Crystal-text-LLM's 3,221 samples; counts by pymatgen pair by pair (PROTOCOLS, section 8)."""
+    """Crystal-text-LLM's 3,221 samples; counts made by pymatgen, pair by pair."""
     forms, cells = _published()
     tolerances = TOLERANCES[name]
     assert first_copies(forms, tolerances).count(None) == kept

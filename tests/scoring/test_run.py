@@ -253,7 +253,7 @@ def test_stability_needs_a_hull(tmp_path, generated):
 @pytest.mark.real_data
 @pytest.mark.skipif("CRYSTALLM_KIT_SAMPLES" not in os.environ, reason="CRYSTALLM_KIT_SAMPLES is not set")
 def test_the_published_figures_of_diffcsp_to_the_digit(tmp_path):
-    """PROTOCOLS.md, section 8; and Crystal-text-LLM's file: two collapsed, 2,196 first seen."""
+    """As published for DiffCSP; of Crystal-text-LLM's file two collapsed, and 2,196 are first seen."""
     home = Path(os.environ["CRYSTALLM_KIT_SAMPLES"])
     paths = [f"D={home / 'DiffCSP_mp_20.pt'}"]
     paths.append(f"L={home / 'metastable_structures_llama-2-7B_1.0_0.7.csv.gz'}")
