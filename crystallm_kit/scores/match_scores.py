@@ -22,9 +22,9 @@ a formula; others cannot match), since which of two polymorphs was asked for is 
 
 Not here: distances (target_distances.py, matching.py), what is valid (validity.py).
 Sources: the gates are those of the scripts of DiffCSP (arXiv:2309.04475), CrystaLLM and CrystaLLM-pi, as read
-there. METRe, cRMSE: Martirossyan et al. 2025, arXiv:2509.12178, of which the abstract was read; the definitions were read as quoted, with the formula of cRMSE, in a later paper
-of the same group (OMatG-flash, appendix F.1, equations 64 to 66). That one candidate is drawn for each target
-there is recalled.
+there. METRe, cRMSE: Martirossyan et al. 2025, arXiv:2509.12178, of which the abstract was read; the
+definitions were read as quoted, with the formula of cRMSE, in a later paper of the same group (OMatG-flash,
+appendix F.1, equations 64 to 66). That one candidate is drawn for each target there is recalled.
 """
 
 from collections.abc import Sequence
