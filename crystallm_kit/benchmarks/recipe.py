@@ -128,9 +128,12 @@ class BenchmarkRecipe:
             raise ValueError("asked: conditions by name, for the task 'conditional' and no other")
         if self.task == "structure-prediction" and "composition" not in self.given:
             raise ValueError(f"given: the composition at least, got {list(self.given)}")
-        for generator in self.generators:
+        for i, generator in enumerate(self.generators):
             if generator.engine == "template" and not generator.library and not generator.samples:
-                raise ValueError(f"generator '{generator.name}': the template engine needs a library")
+                raise ValueError(
+                    f"generator '{generator.name}': the template engine needs a library of known crystals; "
+                    f"name yours: --set 'generators.{i}.library=[FILE]'"
+                )
             if generator.drawn is not None and generator.drawn < max(self.k):
                 raise ValueError(
                     f"generator '{generator.name}': {generator.drawn} drawn, {max(self.k)} looked at"
@@ -143,9 +146,9 @@ def check_files(recipe: BenchmarkRecipe, where: str) -> None:
     if recipe.scoring.hull:
         needed["scoring.hull"] = (recipe.scoring.hull,)
     for i, generator in enumerate(recipe.generators):
-        needed[f"generators[{i}].library"] = generator.library
+        needed[f"generators.{i}.library"] = generator.library
         if generator.samples:
-            needed[f"generators[{i}].samples"] = (generator.samples,)
+            needed[f"generators.{i}.samples"] = (generator.samples,)
     if recipe.task == "structure-prediction" and not recipe.targets.files:
         raise RecipeError(f"{where}: no targets; name their files: --set 'targets.files=[FILE]'")
     for key, paths in needed.items():
