@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pymatgen.core import Molecule, Structure
 
-from crystallm_kit.errors import DisorderedStructure, EmptyInput
+from crystallm_kit.errors import DisorderedStructure, EmptyInput, UserError
 from crystallm_kit.records import Sample, Verdict
 from crystallm_kit.scores.structure_matcher import TOLERANCES, Reduced, fit, reduced
 
@@ -181,7 +181,7 @@ class Form:
         name: The sample's.
         kind: Forms of different kinds are never copies.
         content: `Reduced`; pymatgen's reduced structure where sites are shared; the sorted distances of a
-            molecule.
+            molecule; None where nothing can be compared.
     """
 
     name: str
@@ -198,12 +198,14 @@ def form_of(name: str, structure: Structure | Molecule) -> Form:
     except DisorderedStructure:
         content = _matcher()._get_reduced_structure(structure, True, True)
         return Form(name, f"disordered {structure.composition.reduced_formula} {len(content)}", content)
+    except UserError:  # a needle passes every check, but no cell of it can be compared: it is no one's copy
+        return Form(name, "not comparable", None)
     return Form(name, f"crystal {form.formula} {len(form.numbers)}", form)
 
 
 def is_copy(later: Form, earlier: Form) -> bool:
     """Tell whether two structures are the same, as `mark_duplicates` means it."""
-    if later.kind != earlier.kind:
+    if later.kind != earlier.kind or later.content is None:
         return False
     if isinstance(later.content, np.ndarray):
         return bool((np.abs(earlier.content - later.content) <= _MOLECULE_DISTANCE_ANGSTROM).all())

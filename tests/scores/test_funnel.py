@@ -36,6 +36,14 @@ def cesium_chloride_type(cation="Na"):
     return Structure(Lattice.cubic(3.5), [cation, "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
 
 
+def test_a_needle_is_no_copy_and_stops_nothing():
+    """A cell of 2.5 x 2.5 x 900 angstrom is valid, but cannot be reduced: it ended the whole run."""
+    sites = [[0, 0, i / 4] for i in range(4)]
+    needle = Structure(Lattice.tetragonal(2.5, 900), ["Na", "Cl"] * 2, sites)
+    marked = mark_duplicates([sample("a", needle), sample("b", rocksalt()), sample("c", needle)])
+    assert [s.verdict.reason for s in marked] == [None, None, None]
+
+
 def test_every_reason_leaves_at_its_own_gate():
     reasons = [
         "truncated",
