@@ -19,6 +19,7 @@ from typing import Any
 
 from pymatgen.core import Structure
 
+from crystallm_kit.benchmark import composition_of
 from crystallm_kit.errors import ImpossibleRequest, ReadError, UserError
 from crystallm_kit.generation import Model, new_seed, sample_to_dict, stream
 from crystallm_kit.records import Conditions, Crystal, Sample, Verdict
@@ -57,8 +58,7 @@ def asked_of(crystal: Crystal, given: Sequence[str]) -> Asked:
     structure = crystal.structure
     if not isinstance(structure, Structure) or not structure.is_ordered:
         raise ImpossibleRequest(f"{crystal.id}: an ordered crystal expected; leave it out of the targets")
-    counts = {str(e): round(n) for e, n in structure.composition.get_el_amt_dict().items()}
-    conditions = Conditions(formula=counts, n_sites=sum(counts.values()))
+    conditions = composition_of(crystal)
     if "spacegroup" in given:
         conditions = replace(conditions, spacegroup_number=spacegroup_number(structure, _SYMPREC_ANGSTROM))
     return Asked(crystal.id, conditions)

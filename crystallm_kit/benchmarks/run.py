@@ -10,7 +10,6 @@
 Not here: the verb's options (cli.py).
 """
 
-import hashlib
 import json
 import re
 import time
@@ -38,6 +37,7 @@ from crystallm_kit.recipes import recipe_to_dict
 from crystallm_kit.records import Conditions, Crystal
 from crystallm_kit.scores.score import Score
 from crystallm_kit.scoring.published import published_table
+from crystallm_kit.scoring.sample_sets import content_hash
 from crystallm_kit.structures.files import read
 from crystallm_kit.text.conditions import conditions_from_dict
 
@@ -260,9 +260,7 @@ def _hashes(recipe: BenchmarkRecipe) -> dict[str, str]:
     named = [*recipe.targets.files, *recipe.scoring.reference, *filter(None, [recipe.scoring.hull])]
     for generator in recipe.generators:
         named += [*generator.library, *filter(None, [generator.samples])]
-    return {
-        name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in named if Path(name).is_file()
-    }
+    return {name: content_hash([Path(name)]) for name in named}
 
 
 def _write(path: Path, text: str) -> None:
