@@ -129,8 +129,11 @@ class Browser:
         return self.script("return document.querySelector('#viewer canvas:not(#still)').toDataURL()")
 
     def downloaded(self, suffix):
-        """Return the one new file with a suffix, once it is whole."""
-        (path,) = self.until(lambda: list(self.downloads.glob(f"*{suffix}")))
+        """Return the one new file with a suffix, once it is whole.
+
+        Chromium reserves the name with an empty file, and moves the whole one over it.
+        """
+        (path,) = self.until(lambda: [p for p in self.downloads.glob(f"*{suffix}") if p.stat().st_size])
         content = path.read_bytes()
         path.unlink()
         return path.name, content
