@@ -1,7 +1,9 @@
-"""What tests of several rooms share: a toy model and base models, made here and never downloaded."""
+"""What tests of several rooms share: a toy model, base models, Chromium; nothing is downloaded."""
 
+import contextlib
 import json
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,43 @@ def base_folder(tmp_path_factory) -> Callable[[str], Path]:
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def new_chromium() -> Callable[..., contextlib.AbstractContextManager]:
+    """Return what starts a Chromium without a window; skipped where one or its driver is absent.
+
+    `with new_chromium() as driver` draws WebGL in software, `new_chromium(webgl=False)` has none.
+    """
+    selenium = pytest.importorskip("selenium.webdriver", reason="selenium drives the browser; it is absent")
+    from selenium.webdriver.chrome.service import Service
+
+    browser = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+    program = shutil.which("chromedriver")
+    if not (browser and program):
+        pytest.skip("no chromium and chromedriver on the PATH")
+
+    @contextlib.contextmanager
+    def started(*, webgl: bool = True) -> Iterator:
+        options = selenium.ChromeOptions()
+        options.binary_location = browser
+        for argument in (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-dev-shm-usage",
+            "--force-prefers-reduced-motion",
+            *(
+                ("--enable-unsafe-swiftshader", "--use-gl=angle", "--use-angle=swiftshader")
+                if webgl
+                else ("--disable-gpu", "--disable-3d-apis")
+            ),
+        ):
+            options.add_argument(argument)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        driver = selenium.Chrome(service=Service(program), options=options)
+        try:
+            yield driver
+        finally:
+            driver.quit()
+
+    return started

@@ -4,11 +4,9 @@ Slow: Chromium draws WebGL in software. Skipped where there is no Chromium.
 """
 
 import base64
-import contextlib
 import itertools
 import json
 import re
-import shutil
 
 import pytest
 
@@ -16,8 +14,6 @@ pytest.importorskip("selenium", reason="selenium drives the browser; it is not i
 
 from pymatgen.core import Lattice, Structure
 from pymatgen.io.cif import CifWriter
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -28,13 +24,7 @@ from crystallm_kit.scoring.gallery import drawn
 from crystallm_kit.scoring.published import rows_for_report
 from crystallm_kit.scoring.report import write_report
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver on the PATH"),
-]
-SOFTWARE_WEBGL = ("--enable-unsafe-swiftshader", "--use-gl=angle", "--use-angle=swiftshader")
+pytestmark = pytest.mark.slow
 HOSTILE = '"><img src=x onerror="window.hurt=1"></script><script>window.hurt=1</script>'
 PATIENCE = 60  # seconds
 
@@ -42,16 +32,8 @@ PATIENCE = 60  # seconds
 class Browser:
     """One tab."""
 
-    def __init__(self, *, webgl=True):
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-            options.add_argument(argument)
-        options.add_argument("--force-prefers-reduced-motion")
-        for argument in SOFTWARE_WEBGL if webgl else ("--disable-gpu", "--disable-3d-apis"):
-            options.add_argument(argument)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        self.driver = webdriver.Chrome(service=Service(DRIVER), options=options)
+    def __init__(self, driver):
+        self.driver = driver
 
     def open(self, path, *, width=1280, height=900, dark=False):
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
@@ -99,19 +81,10 @@ class Browser:
         return [e["message"] for e in self.driver.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
 
 
-@contextlib.contextmanager
-def browser_with(**settings):
-    browser = Browser(**settings)
-    try:
-        yield browser
-    finally:
-        browser.driver.quit()
-
-
 @pytest.fixture(scope="module")
-def chromium():
-    with browser_with() as browser:
-        yield browser
+def chromium(new_chromium):
+    with new_chromium() as driver:
+        yield Browser(driver)
 
 
 @pytest.fixture
@@ -359,8 +332,9 @@ def test_paper_shows_stills_in_light_colours_and_all_settings(chromium, report):
     assert 3 <= len(re.findall(rb"/Type\s*/Page\b(?!s)", pages)) <= 15
 
 
-def test_without_webgl_a_still_picture_stands_in_the_view(report):
-    with browser_with(webgl=False) as browser:
+def test_without_webgl_a_still_picture_stands_in_the_view(new_chromium, report):
+    with new_chromium(webgl=False) as driver:
+        browser = Browser(driver)
         browser.open(report)
         browser.to_structures()
         browser.until(lambda: browser.find("#viewer .still").is_displayed())

@@ -3,7 +3,6 @@
 Slow: Chromium draws WebGL in software, and most claims generate crystals. Skipped where there is no Chromium.
 """
 
-import contextlib
 import io
 import json
 import shutil
@@ -18,20 +17,12 @@ from pymatgen.core import Lattice, Structure
 
 pytest.importorskip("selenium", reason="selenium drives the browser; it is not installed")
 
-from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="no chromium and chromedriver on the PATH"),
-]
-SOFTWARE_WEBGL = ("--enable-unsafe-swiftshader", "--use-gl=angle", "--use-angle=swiftshader")
+pytestmark = pytest.mark.slow
 KEY = "test-key-of-24-characters"
 PATIENCE = 120  # seconds until what must come has come
 
@@ -39,22 +30,10 @@ PATIENCE = 120  # seconds until what must come has come
 class Browser:
     """One tab, driven as a person would."""
 
-    def __init__(self, downloads, *, width=1440, height=900, webgl=True):
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        for argument in (
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-dev-shm-usage",
-            "--force-prefers-reduced-motion",
-        ):
-            options.add_argument(argument)
-        for argument in SOFTWARE_WEBGL if webgl else ("--disable-gpu", "--disable-3d-apis"):
-            options.add_argument(argument)
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        self.driver = webdriver.Chrome(service=Service(DRIVER), options=options)
+    def __init__(self, driver, downloads):
+        self.driver = driver
         self.downloads = downloads
-        self.resize(width, height)
+        self.resize(1440, 900)
         self.driver.execute_cdp_cmd(
             "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)}
         )
@@ -148,19 +127,10 @@ class Browser:
         )
 
 
-@contextlib.contextmanager
-def browser_with(downloads, **settings):
-    browser = Browser(downloads, **settings)
-    try:
-        yield browser
-    finally:
-        browser.driver.quit()
-
-
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    with browser_with(tmp_path_factory.mktemp("downloads")) as browser:
-        yield browser
+def chromium(new_chromium, tmp_path_factory):
+    with new_chromium() as driver:
+        yield Browser(driver, tmp_path_factory.mktemp("downloads"))
 
 
 @pytest.fixture
@@ -490,8 +460,9 @@ def rock_salt():
     return Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.6), ["Na", "Cl"], [[0, 0, 0], [0.5, 0.5, 0.5]])
 
 
-def test_without_webgl_a_still_picture_is_shown_and_all_else_works(tmp_path, live_server):
-    with browser_with(tmp_path, webgl=False) as browser:
+def test_without_webgl_a_still_picture_is_shown_and_all_else_works(new_chromium, tmp_path, live_server):
+    with new_chromium(webgl=False) as driver:
+        browser = Browser(driver, tmp_path)
         browser.open(live_server.url)
         browser.by_conditions(formula="NaCl", n=2, seed=1)
         browser.generate()
