@@ -440,6 +440,16 @@ def _prompts(
         yield Prompt(text, beginning, request(conditions) if request else None, adapter=model.adapter)
 
 
+def check_request(conditions: Conditions, model: Model) -> None:
+    """Raise what `stream` would raise for the conditions, before anything is drawn.
+
+    Raises:
+        ImpossibleRequest, UnknownName: If no crystal can meet them, or the model cannot be asked for it.
+    """
+    constrained = takes_requests(model)
+    list(_prompts([conditions], model, seed=0, constrained=constrained, beginnings=None))
+
+
 def prompt_text(conditions: Conditions, model: Model, *, seed: int, index: int) -> tuple[str, bool]:
     """Return the prompt of one sample, and whether anything in it was drawn: if not, all samples share it."""
     rng = np.random.default_rng((seed, index, 1))

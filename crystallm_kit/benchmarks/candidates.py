@@ -1,6 +1,7 @@
 """Candidates for the targets of a benchmark, drawn block by block, so that a run that is killed goes on.
 
-    samples/block-00000.jsonl.gz    a line for each request, in order: the target's id, and the sample
+    samples/block-00000.jsonl.gz    a line for each request, in order: the target's id, and the sample;
+                                    for a target that cannot be asked for, one line that says why
 
 A block is a number of targets with all their candidates. Each block has a seed of its own, made of the run's
 and the block's number, so its samples do not depend on what was drawn before it, nor in which run. A file
@@ -12,18 +13,21 @@ Not here: what is asked (recipe.py), what matches (scores/matching.py), what ord
 
 import gzip
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pymatgen.core import Structure
 
 from crystallm_kit.benchmark import composition_of
-from crystallm_kit.errors import ImpossibleRequest, ReadError, UserError
-from crystallm_kit.generation import Model, new_seed, sample_to_dict, stream
+from crystallm_kit.errors import EncodeError, ImpossibleRequest, ReadError, UnknownName, UserError
+from crystallm_kit.generation import Model, check_request, new_seed, sample_to_dict, stream
 from crystallm_kit.records import Conditions, Crystal, Sample, Verdict
-from crystallm_kit.structures.symmetry import spacegroup_number
+from crystallm_kit.structures.elements import ATOMIC_NUMBER
+from crystallm_kit.structures.symmetry import dataset
 from crystallm_kit.text.conditions import conditions_from_dict
 from crystallm_kit.text.parsing import parse_completion
 from crystallm_kit.text.representation import Representation
@@ -50,18 +54,33 @@ def asked_of(crystal: Crystal, given: Sequence[str]) -> Asked:
 
     Args:
         crystal: With its true structure in a primitive cell.
-        given: Of GIVEN: the atoms of the cell; the space group, as moyo finds it at 0.1 angstrom.
+        given: Of GIVEN: the atoms of the cell; the space group, as moyo finds it at 0.1 angstrom. With the
+            group, the atoms are those of the primitive cell at that tolerance, which is smaller where the
+            given cell is nearly a repetition of it: the group is of that cell, and the other may not have it.
 
     Raises:
-        ImpossibleRequest: If it is a molecule, or disordered.
+        ImpossibleRequest: If it is a molecule, or disordered, or no symmetry is found.
     """
     structure = crystal.structure
     if not isinstance(structure, Structure) or not structure.is_ordered:
         raise ImpossibleRequest(f"{crystal.id}: an ordered crystal expected; leave it out of the targets")
     conditions = composition_of(crystal)
-    if "spacegroup" in given:
-        conditions = replace(conditions, spacegroup_number=spacegroup_number(structure, _SYMPREC_ANGSTROM))
-    return Asked(crystal.id, conditions)
+    if "spacegroup" not in given:
+        return Asked(crystal.id, conditions)
+    try:
+        found = dataset(structure, _SYMPREC_ANGSTROM)
+    except EncodeError as error:
+        raise ImpossibleRequest(f"{crystal.id}: {error}; leave it out of the targets") from error
+    numbers = Counter(found.prim_std_cell.numbers)
+    counts = {symbol: numbers[ATOMIC_NUMBER[symbol]] for symbol in conditions.formula or {}}
+    if not all(counts.values()):
+        raise ImpossibleRequest(
+            f"{crystal.id}: at {_SYMPREC_ANGSTROM} angstrom atoms coincide; leave it out of the targets"
+        )
+    return Asked(
+        crystal.id,
+        replace(conditions, formula=counts, n_sites=numbers.total(), spacegroup_number=int(found.number)),
+    )
 
 
 def draw_candidates(
@@ -94,12 +113,26 @@ def draw_candidates(
         some = asked[start : start + targets_per_block]
         path = folder / f"block-{block:05d}.jsonl.gz"
         if not path.exists():
-            requests = [a.conditions for a in some for _ in range(n_drawn)]
+            refused = {a.target: why for a in some if (why := _why_not(a.conditions, model))}
+            asked_for = [a for a in some if a.target not in refused for _ in range(n_drawn)]
+            requests = [a.conditions for a in asked_for]
             samples = stream(requests, seed=new_seed(seed, block), model=model, redraws=redraws)
-            names = [a.target for a in some for _ in range(n_drawn)]
-            _write(path, ({"target": t, **sample_to_dict(s)} for t, s in zip(names, samples, strict=True)))
+            lines = ({"target": target, "refused": why} for target, why in refused.items())
+            drawn = (
+                {"target": a.target, **sample_to_dict(s)} for a, s in zip(asked_for, samples, strict=True)
+            )
+            _write(path, chain(lines, drawn))
         if say is not None:
             say(start + len(some), len(asked))
+
+
+def _why_not(conditions: Conditions, model: Model) -> str:
+    """Return why a model cannot be asked for something, "" if it can."""
+    try:
+        check_request(conditions, model)
+    except (ImpossibleRequest, UnknownName) as error:
+        return str(error)
+    return ""
 
 
 def _write(path: Path, lines: Iterator[dict[str, Any]]) -> None:
@@ -112,6 +145,8 @@ def _write(path: Path, lines: Iterator[dict[str, Any]]) -> None:
 def candidates_of(folder: Path, representation: Representation) -> Iterator[tuple[str, list[Sample]]]:
     """Yield each target's id with its candidates as they were drawn, block after block.
 
+    A target that could not be asked for has none.
+
     Raises:
         ReadError: If a file is damaged; the message says what to do.
     """
@@ -121,7 +156,9 @@ def candidates_of(folder: Path, representation: Representation) -> Iterator[tupl
             with gzip.open(path, "rt", encoding="utf-8") as handle:
                 for line in handle:
                     data = json.loads(line)
-                    found.setdefault(data["target"], []).append(_sample(data, representation))
+                    samples = found.setdefault(data["target"], [])
+                    if "refused" not in data:
+                        samples.append(_sample(data, representation))
         except (OSError, EOFError, ValueError, KeyError) as error:
             raise ReadError(
                 f"{path}: damaged ({error}); remove it, and the same command draws it again"

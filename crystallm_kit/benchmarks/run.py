@@ -148,7 +148,9 @@ def _predictions(
     for order in generator.orders:
         name = generator.name if len(generator.orders) == 1 else f"{generator.name}, {order}"
         rows = [in_order(order, found[one.target], k) for one in asked]
-        yield Prediction(name, rows, generator.about)
+        none = sum(not found[one.target] for one in asked)
+        about = f"{generator.about}; targets that it could not be asked for, counted as missed: {none:,}"
+        yield Prediction(name, rows, about.removeprefix("; ") if none else generator.about)
 
 
 def _draw(

@@ -1,14 +1,15 @@
 """Candidates of targets, drawn in blocks by a toy model: the same after a kill, and read back as drawn."""
 
 import gzip
+import json
 
 import pytest
 from pymatgen.core import Lattice, Molecule, Structure
 
-from crystallm_kit.benchmarks.candidates import asked_of, candidates_of, draw_candidates
+from crystallm_kit.benchmarks.candidates import Asked, asked_of, candidates_of, draw_candidates
 from crystallm_kit.errors import ImpossibleRequest, ReadError, UserError
 from crystallm_kit.generation import load_model
-from crystallm_kit.records import Crystal
+from crystallm_kit.records import Conditions, Crystal
 
 ROCK_SALT = Structure.from_spacegroup("Fm-3m", Lattice.cubic(5.64), ["Na", "Cl"], [[0, 0, 0], [0.5] * 3])
 RUTILE = Structure.from_spacegroup(  # TiO2, mp-2657
@@ -42,6 +43,32 @@ def test_a_target_tells_the_atoms_of_its_cell_and_the_space_group_if_wanted():
     assert asked_of(TARGETS[1], ("composition", "spacegroup")).conditions.spacegroup_number == 136
     with pytest.raises(ImpossibleRequest, match="water: an ordered crystal expected"):
         asked_of(Crystal("water", Molecule("OH2", [[0, 0, 0], [1, 0, 0], [0, 1, 0]])), ("composition",))
+
+
+def test_with_a_space_group_the_atoms_are_those_of_the_cell_that_has_it():
+    """Two cells of CsCl type, told apart by 0.02 angstrom, have Pm-3m at 0.1 angstrom; their sum has not."""
+    doubled = Structure(
+        Lattice.tetragonal(3.0, 6.0), ["Mg", "Mg", "Ni", "Ni"],
+        [[0, 0, 0], [0, 0, 0.502], [0.5, 0.5, 0.25], [0.5, 0.5, 0.75]],
+    )  # fmt: skip
+    asked = asked_of(Crystal("doubled", doubled), ("composition", "spacegroup")).conditions
+    assert dict(asked.formula) == {"Mg": 1, "Ni": 1}
+    assert (asked.n_sites, asked.spacegroup_number) == (2, 221)
+    assert asked_of(Crystal("doubled", doubled), ("composition",)).conditions.n_sites == 4
+
+
+def test_a_target_that_cannot_be_asked_for_has_no_candidates_and_the_others_have_theirs(model, tmp_path):
+    asked = [asked_of(target, ("composition",)) for target in TARGETS[:2]]
+    asked.insert(
+        1, Asked("impossible", Conditions(formula={"Mg": 2, "Ni": 2}, n_sites=4, spacegroup_number=221))
+    )
+    draw_candidates(asked, model, tmp_path, n_drawn=2, seed=5)
+    found = dict(candidates_of(tmp_path, model.representation))
+    assert {target: len(samples) for target, samples in found.items()} == {
+        "impossible": 0, TARGETS[0].id: 2, TARGETS[1].id: 2,
+    }  # fmt: skip
+    with gzip.open(tmp_path / "block-00000.jsonl.gz", "rt") as handle:
+        assert "no assignment of Wyckoff positions adds up" in json.loads(next(handle))["refused"]
 
 
 def test_a_run_that_lost_blocks_draws_the_same_again_and_no_others(model, tmp_path):

@@ -75,6 +75,16 @@ def test_a_model_is_a_row_for_each_order_and_a_second_run_draws_nothing(tmp_path
     assert [block.stat().st_mtime_ns for block in blocks] == times
 
 
+def test_a_target_that_cannot_be_asked_for_counts_as_missed_and_the_row_says_so(tmp_path, targets, toy_model):
+    long = Crystal("long", ROCK_SALT * (4, 4, 4))  # 512 atoms: more than the model writes
+    write([*(Crystal(f"target-{i}", truth) for i, truth in enumerate(TRUTHS)), long], targets)
+    (row,) = run_benchmark(
+        recipe_of(targets, {"name": "toy", "model": str(toy_model)}), tmp_path / "out", processes=1
+    )
+    assert row.scores["kit.match_rate@1"].denominator == 3
+    assert row.about == "targets that it could not be asked for, counted as missed: 1"
+
+
 def test_a_folder_of_other_settings_is_refused_by_their_name(tmp_path, targets):
     others = from_file(tmp_path, [TRUTHS[0], TRUTHS[0], PEROVSKITE, PEROVSKITE])
     run_benchmark(recipe_of(targets, others), tmp_path / "out", processes=1)
