@@ -16,7 +16,7 @@ its defaults the matcher merges polymorphs: CsCl's and CuAu's types are one to i
 again: one whose atoms ran into each other has a low energy by mistake, and is left out with its reason.
 Without relaxation candidates stand in the order of generation.ranked.
 
-Not here: relaxing (structures/relaxed_set.py), hulls (scores/hull.py), the command's tables (verbs.py).
+Not here: relaxing (structures/relaxed_set.py), hulls (scores/stability/), the command's tables (verbs.py).
 """
 
 import json
@@ -37,10 +37,10 @@ from crystallm_kit.errors import ImpossibleRequest, UserError
 from crystallm_kit.generation import Model, load_model, ranked, stream
 from crystallm_kit.records import Conditions, Crystal, Sample
 from crystallm_kit.results import check_folder, write_results
-from crystallm_kit.scores.element_references import ElementReferences, shipped_references
-from crystallm_kit.scores.hull import Hull
-from crystallm_kit.scores.stability import judge_of
-from crystallm_kit.scores.structure_matcher import TOLERANCES, fit, reduced
+from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, fit, reduced
+from crystallm_kit.scores.stability.element_references import ElementReferences, shipped_references
+from crystallm_kit.scores.stability.hull import Hull
+from crystallm_kit.scores.stability.sample import judge_of
 from crystallm_kit.scores.validity import validate_and_measure
 from crystallm_kit.structures.relaxation import Relaxed
 from crystallm_kit.structures.relaxation_workers import RelaxSettings

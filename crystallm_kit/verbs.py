@@ -93,8 +93,8 @@ def predict(options: argparse.Namespace) -> int:
 
 def _hull(options: argparse.Namespace, conditions: Conditions) -> Any:
     """Return the hull and the references that are asked for; None where they are not."""
-    from crystallm_kit.scores.element_references import read_references, shipped_references
-    from crystallm_kit.scores.hull_sources import materials_project_hull, read_hull
+    from crystallm_kit.scores.stability.element_references import read_references, shipped_references
+    from crystallm_kit.scores.stability.hull_sources import materials_project_hull, read_hull
 
     if options.hull is None:
         return None, None

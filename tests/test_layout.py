@@ -60,7 +60,7 @@ HOMES = {
 }  # fmt: skip
 # Where a heavy library may be imported at the top of a module: what is only ever imported to compute with it.
 AT_THE_TOP = (
-    "scores/matcher_",
+    "scores/matcher/",
     "models/",
     "training/",
     "engines/transformers_local.py",

@@ -13,8 +13,8 @@ from crystallm_kit.errors import ImpossibleRequest, UserError
 from crystallm_kit.generation import Model
 from crystallm_kit.prediction import polymorphs_by_energy, predict
 from crystallm_kit.records import Conditions, Sample, Verdict
-from crystallm_kit.scores.element_references import ElementReferences
-from crystallm_kit.scores.hull import Hull
+from crystallm_kit.scores.stability.element_references import ElementReferences
+from crystallm_kit.scores.stability.hull import Hull
 from crystallm_kit.structures.files import read
 from crystallm_kit.structures.relaxation_workers import RelaxSettings
 from crystallm_kit.text.prompts import template_named

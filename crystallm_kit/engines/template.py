@@ -23,7 +23,7 @@ Measured (structure prediction, composition alone, no validity gate, tolerances 
 with --targets 1600: 70.5, 84.6, 89.4 %; 600: 73.3, 85.5, 88.8 %. All settings were chosen on mp_val; of the
 first 600 the state before the last choice was measured too (72.5, 85.0, 88.8 %). A query takes about 20 ms.
 
-Not here: how votes are counted (structures/templates.py), and the matcher (scores/structure_matcher.py).
+Not here: how votes are counted (structures/templates.py), and the matcher (scores/matcher/).
 """
 
 import math
@@ -35,7 +35,7 @@ from dataclasses import dataclass, replace
 from crystallm_kit.engines.engine import Prompt, Sampling
 from crystallm_kit.errors import EncodeError, ImpossibleRequest, ParseError, UserError
 from crystallm_kit.records import Completion
-from crystallm_kit.scores.structure_matcher import TOLERANCES, Reduced, fit, reduced
+from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, Reduced, fit, reduced
 from crystallm_kit.structures.elements import ATOMIC_NUMBER, ELEMENTS, RANK, SYMBOL
 from crystallm_kit.structures.symmetry import canonical, expand
 from crystallm_kit.structures.templates import Guess, TemplateLibrary

@@ -106,7 +106,7 @@ def structure_checks(
         structure: As generated, operators expanded. None, a molecule, or shared sites: it fails everything.
         cif_text: The CIF that it was read from, for the checks of the text.
         with_bonds: Whether to count bonds, which takes far longer than all the rest.
-        is_fingerprintable: Whether all its sites have a fingerprint (fingerprints.py); None: not tried.
+        is_fingerprintable: Whether all its sites have a fingerprint (fingerprints/); None: not tried.
 
     Returns:
         Names of CHECKS; with bonds also BOND_SCORES, absent where the peer raises; "lemat.spacegroup_number"

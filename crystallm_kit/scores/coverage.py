@@ -10,7 +10,7 @@ perhaps, are both within the cut-offs. Recall asks it of the reference, precisio
 The peers' precisions differ in their denominator alone, so they stand beside each other: all samples (CDVAE),
 the sensible and parsable ones (CrystaLLM), the valid ones with a fingerprint (Crystal-text-LLM).
 
-Not here: the fingerprints (fingerprints.py); Wasserstein distances (distributions.py).
+Not here: the fingerprints (fingerprints/crystal.py); Wasserstein distances (distributions.py).
 Sources: Xie et al., arXiv:2110.06197; Gruver et al., arXiv:2402.04379; Baird et al., J. Open Source Softw. 9,
 5618 (2024) (matbench-genmetrics).
 """
@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crystallm_kit.errors import EmptyInput, UserError
-from crystallm_kit.scores.fingerprint_composition import unscaled
-from crystallm_kit.scores.fingerprints import FingerprintFailure, Fingerprints
+from crystallm_kit.scores.fingerprints.composition import unscaled
+from crystallm_kit.scores.fingerprints.crystal import FingerprintFailure, Fingerprints
 from crystallm_kit.scores.score import Score, mean, not_computed, share
 
 FloatArray = NDArray[np.float64]

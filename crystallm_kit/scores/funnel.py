@@ -6,7 +6,7 @@ Each count holds the samples that passed this gate and all before it; the denomi
 requested, and every sample that is missing at the end has its one reason. "parsed" means parsed into a
 crystal with a cell.
 
-Not here: the checks (validity.py); novelty against training data (novelty.py).
+Not here: the checks (validity.py); novelty against training data (novelty/copies.py).
 """
 
 from collections import Counter
@@ -21,7 +21,7 @@ from pymatgen.core import Molecule, Structure
 
 from crystallm_kit.errors import DisorderedStructure, EmptyInput, UserError
 from crystallm_kit.records import Sample, Verdict
-from crystallm_kit.scores.structure_matcher import TOLERANCES, Reduced, fit, reduced
+from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, Reduced, fit, reduced
 
 # The gate at which a reason stops a sample; later gates are those to the right in STAGES.
 STAGES = ("requested", "finished", "parsed", "formula", "symmetry", "distances", "charge", "unique")

@@ -31,8 +31,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from crystallm_kit.errors import EmptyInput, UserError
+from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES
 from crystallm_kit.scores.score import Score, mean, not_computed, share
-from crystallm_kit.scores.structure_matcher import TOLERANCES
 
 Distances = Sequence[Sequence[float | None]]
 _UNIT = "(V/N)^(1/3)"

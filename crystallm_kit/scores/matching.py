@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pymatgen.core import Structure
 
 from crystallm_kit.errors import EmptyInput
-from crystallm_kit.scores import structure_matcher
+from crystallm_kit.scores.matcher import structure_matcher
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pymatgen.core import Structure
 
 from crystallm_kit.records import Sample
-from crystallm_kit.scores.structure_matcher import TOLERANCES, Reduced, fit, reduce_many
+from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, Reduced, fit, reduce_many
 
 # Weight of the templates' share, chosen on those 300: of 0.5, 0.6, 0.7, 0.8 the best at n = 20.
 _OF_TEMPLATES = 0.7

@@ -8,7 +8,7 @@ A distance is StructureMatcher's get_rms_dist, candidate first, in units of (V/N
 structure, or another formula. Each structure is reduced once; the work is shared out to processes by
 formula.
 
-Not here: rates (match_scores.py), the comparison (structure_matcher.py).
+Not here: rates (match_scores.py), the comparison (matcher/structure_matcher.py).
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,8 +17,8 @@ from pymatgen.core import Structure
 
 from crystallm_kit.errors import UserError
 from crystallm_kit.scores.match_scores import all_to_all
-from crystallm_kit.scores.reduced_forms import Plain, form_of, in_processes, plain_of
-from crystallm_kit.scores.structure_matcher import TOLERANCES, Tolerances, rms_distance
+from crystallm_kit.scores.matcher.reduced_forms import Plain, form_of, in_processes, plain_of
+from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, Tolerances, rms_distance
 
 Candidates = Sequence[Sequence[Structure | None]]
 _Place = tuple[int, int]  # of a candidate: its target's number, its own

@@ -1,6 +1,6 @@
 """The stage `matches`: how far a candidate is from its target, and from all others of its formula.
 
-Not here: which target that is (pairing.py), the distance (scores/structure_matcher.py).
+Not here: which target that is (pairing.py), the distance (scores/matcher/structure_matcher.py).
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crystallm_kit.scores.structure_matcher import TOLERANCES, Reduced, rms_distance
+from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, Reduced, rms_distance
 from crystallm_kit.scoring import reducing
 from crystallm_kit.scoring.rows import form_of, forms_of
 from crystallm_kit.scoring.stages import Item

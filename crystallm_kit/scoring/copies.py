@@ -6,7 +6,7 @@ Samples of equal reduced formula fall into the same bucket, a file; buckets are 
 cores, each under every rule. A new rule is one line of RULES. A formula whose comparisons do not end in time
 leaves its samples without an answer (`trouble`), which counts as neither unique nor a copy.
 
-Not here: when two structures are copies (scores/novelty.py).
+Not here: when two structures are copies (scores/novelty/copies.py).
 """
 
 import zlib
@@ -21,10 +21,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from crystallm_kit.errors import UserError
-from crystallm_kit.scores.mattergen_disorder import Alloy
-from crystallm_kit.scores.mattergen_disorder import first_copies as first_copies_of_alloys
-from crystallm_kit.scores.novelty import Bucket, duplicate_pairs, first_copies, later_copies
-from crystallm_kit.scores.structure_matcher import TOLERANCES, Reduced
+from crystallm_kit.scores.matcher.mattergen_disorder import Alloy
+from crystallm_kit.scores.matcher.mattergen_disorder import first_copies as first_copies_of_alloys
+from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, Reduced
+from crystallm_kit.scores.novelty.copies import Bucket, duplicate_pairs, first_copies, later_copies
 from crystallm_kit.scoring import reducing
 from crystallm_kit.scoring.pool import Marks, TooLong
 from crystallm_kit.scoring.rows import (

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from crystallm_kit.scores.funnel import STAGES as GATES
 from crystallm_kit.scores.funnel import stage_of
-from crystallm_kit.scores.stability_scores import METASTABLE_EV
+from crystallm_kit.scores.stability.scores import METASTABLE_EV
 from crystallm_kit.scoring.scene import Scene
 from crystallm_kit.scoring.view import Floats, View
 

@@ -1,6 +1,6 @@
 """The stage `fingerprints`: one structure's two fingerprints, or why there are none.
 
-Not here: the fingerprints (scores/fingerprints.py).
+Not here: the fingerprints (scores/fingerprints/crystal.py).
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from pymatgen.core import Lattice, Structure
 
-from crystallm_kit.scores.fingerprints import FingerprintFailure, Fingerprints, fingerprints
+from crystallm_kit.scores.fingerprints.crystal import FingerprintFailure, Fingerprints, fingerprints
 from crystallm_kit.scoring.rows import parts_of, read_part
 from crystallm_kit.scoring.stages import Item
 

@@ -3,7 +3,7 @@
 Relaxing comes before (structures/relaxed_set.py), with workers and a log of its own; here its records become
 columns.
 
-Not here: what a relaxation says (scores/stability.py), the scores (scores/stability_scores.py).
+Not here: what a relaxation says (scores/stability/sample.py), the scores (scores/stability/scores.py).
 """
 
 import json
@@ -15,10 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from crystallm_kit.scores.element_references import ElementReferences, read_references, shipped_references
-from crystallm_kit.scores.hull import Hull
-from crystallm_kit.scores.hull_sources import read_hull
-from crystallm_kit.scores.stability import Stability, stability_of
+from crystallm_kit.scores.stability.element_references import (
+    ElementReferences,
+    read_references,
+    shipped_references,
+)
+from crystallm_kit.scores.stability.hull import Hull
+from crystallm_kit.scores.stability.hull_sources import read_hull
+from crystallm_kit.scores.stability.sample import Stability, stability_of
 from crystallm_kit.scoring.intake import Samples
 from crystallm_kit.scoring.rows import structure_of
 from crystallm_kit.scoring.sample_sets import Incoming

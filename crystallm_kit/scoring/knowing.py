@@ -1,9 +1,9 @@
 """The stage `known`: is a sample's structure, its formula, its set of elements in the reference?
 
-The reference's reduced forms are in an index on disk (scores/novelty_index.py), which every worker maps; it
+The reference's reduced forms are in an index on disk (scores/novelty/index.py), which every worker maps; it
 is made once for a run.
 
-Not here: the comparing (scores/novelty_index.py).
+Not here: the comparing (scores/novelty/index.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from crystallm_kit.scores.mattergen_disorder import Alloy, matches_among
-from crystallm_kit.scores.novelty_index import NoveltyIndex
-from crystallm_kit.scores.structure_matcher import TOLERANCES
+from crystallm_kit.scores.matcher.mattergen_disorder import Alloy, matches_among
+from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES
+from crystallm_kit.scores.novelty.index import NoveltyIndex
 from crystallm_kit.scoring import reducing
 from crystallm_kit.scoring.rows import STRUCTURE_COLUMNS, form_of, parts_of, read_part
 from crystallm_kit.scoring.stages import Item

@@ -8,7 +8,7 @@ as generated ones are. Files need a column `formation_energy_per_atom`, the test
 are drawn with a seed; the fit's draw is topped up until each element has 10 crystals, where there are as
 many.
 
-Not here: the fit itself (scores/element_references.py).
+Not here: the fit itself (scores/stability/element_references.py).
 """
 
 import argparse
@@ -24,10 +24,10 @@ from pymatgen.core import Composition, Structure
 
 from crystallm_kit.errors import EmptyInput, MissingExtra, UserError
 from crystallm_kit.records import Crystal
-from crystallm_kit.scores.element_references import Check, ElementReferences, fit_references
-from crystallm_kit.scores.hull import Hull
-from crystallm_kit.scores.hull_sources import read_hull
-from crystallm_kit.scores.stability_scores import METASTABLE_EV, STABLE_EV
+from crystallm_kit.scores.stability.element_references import Check, ElementReferences, fit_references
+from crystallm_kit.scores.stability.hull import Hull
+from crystallm_kit.scores.stability.hull_sources import read_hull
+from crystallm_kit.scores.stability.scores import METASTABLE_EV, STABLE_EV
 from crystallm_kit.structures.files import read
 from crystallm_kit.structures.relaxation import Relaxed, load_potential
 from crystallm_kit.structures.relaxation_workers import RelaxSettings

@@ -1,6 +1,6 @@
 """The stage `forms`: the reduced form of one structure, made once for all comparisons.
 
-Not here: comparing (scores/structure_matcher.py).
+Not here: comparing (scores/matcher/structure_matcher.py).
 """
 
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any
 
 from pymatgen.core import Lattice, Structure
 
-from crystallm_kit.scores.structure_matcher import TOLERANCES, fit, reduced, rms_distance
+from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, fit, reduced, rms_distance
 from crystallm_kit.scoring.rows import form_columns
 from crystallm_kit.scoring.stages import Item
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pymatgen.core import Lattice, Structure
 
-from crystallm_kit.scores.structure_matcher import Reduced
+from crystallm_kit.scores.matcher.structure_matcher import Reduced
 
 # A structure, or a reduced form: (N,) atomic numbers, 9 numbers of the lattice's rows, 3 N fractional ones.
 STRUCTURE_COLUMNS = (

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 
 from crystallm_kit.errors import EmptyInput, MissingExtra
-from crystallm_kit.scores.hull_sources import read_hull
-from crystallm_kit.scores.reduced_forms import usable_cores
+from crystallm_kit.scores.matcher.reduced_forms import usable_cores
 from crystallm_kit.scores.score import Score
-from crystallm_kit.scores.stability import judge_of
+from crystallm_kit.scores.stability.hull_sources import read_hull
+from crystallm_kit.scores.stability.sample import judge_of
 from crystallm_kit.scoring.copies import RULES, Copies, collect, fill_buckets
 from crystallm_kit.scoring.folder import alone_in, open_folder
 from crystallm_kit.scoring.intake import Samples, take_in

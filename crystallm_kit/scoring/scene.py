@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from crystallm_kit.scores.checks import BOND_SCORES, CHECKS
 from crystallm_kit.scores.coverage import MaybeFingerprints
-from crystallm_kit.scores.stability import Judge
+from crystallm_kit.scores.stability.sample import Judge
 from crystallm_kit.scoring.copies import RULES, Copies
 from crystallm_kit.scoring.fingerprinting import fingerprints_of
 from crystallm_kit.scoring.pairing import Pairs

@@ -29,7 +29,7 @@ from crystallm_kit.scores.coverage import (
 )
 from crystallm_kit.scores.distributions import Distributed, wasserstein_scores
 from crystallm_kit.scores.match_scores import GATES, match_scores, metre_scores
-from crystallm_kit.scores.novelty_scores import (
+from crystallm_kit.scores.novelty.scores import (
     crystallm_pi_scores,
     crystallm_scores,
     genmetrics_scores,
@@ -40,7 +40,7 @@ from crystallm_kit.scores.novelty_scores import (
 from crystallm_kit.scores.protocols import PUBLISHED
 from crystallm_kit.scores.score import Score, not_computed, share
 from crystallm_kit.scores.set_columns import SetColumns, columns_of
-from crystallm_kit.scores.stability_scores import Standing, stability_scores
+from crystallm_kit.scores.stability.scores import Standing, stability_scores
 from crystallm_kit.scores.statistics import genmetrics_validity, lemat_statistics
 from crystallm_kit.scoring.copies import Copies
 from crystallm_kit.scoring.fingerprinting import fingerprints_of

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crystallm_kit.scores.structure_matcher import Reduced
+from crystallm_kit.scores.matcher.structure_matcher import Reduced
 from crystallm_kit.scoring.rows import column_of, forms_of, n_rows, parts_of, read_part
 
 Truth = NDArray[np.bool_]

@@ -14,7 +14,7 @@ Stress is positive under tension, as in ASE.
 
 Legend: N crystals, A atoms of all of them.
 Not here: thousands of crystals, over cores and kills (relaxed_set.py); torch-sim models
-(torchsim_potential.py); what is measured on relaxed crystals (scores/bulk_modulus.py, scores/stability.py).
+(torchsim_potential.py); what is measured on relaxed crystals (scores/bulk_modulus.py, scores/stability/).
 """
 
 import contextlib

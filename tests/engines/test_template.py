@@ -12,7 +12,7 @@ from crystallm_kit.engines.template import TemplateEngine
 from crystallm_kit.errors import ImpossibleRequest, UserError
 from crystallm_kit.generation import complete_crystal, generate, infill, load_model, stream, template_model
 from crystallm_kit.records import Conditions, Crystal
-from crystallm_kit.scores.structure_matcher import TOLERANCES, fit, reduced
+from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, fit, reduced
 from crystallm_kit.structures.files import write
 from crystallm_kit.structures.templates import learn_templates
 from crystallm_kit.text.wyckoff import WyckoffRepresentation

@@ -20,8 +20,8 @@ from crystallm_kit.scores.coverage import (
     genmetrics_scores,
     nearest,
 )
-from crystallm_kit.scores.fingerprint_composition import unscaled
-from crystallm_kit.scores.fingerprints import FingerprintFailure, Fingerprints, fingerprints
+from crystallm_kit.scores.fingerprints.composition import unscaled
+from crystallm_kit.scores.fingerprints.crystal import FingerprintFailure, Fingerprints, fingerprints
 from crystallm_kit.structures.files import read
 
 CUTOFF = Cutoffs(0.8, 4.0)

@@ -11,23 +11,23 @@ import pytest
 from pymatgen.core import Composition, Lattice, Structure
 
 from crystallm_kit.errors import UserError
-from crystallm_kit.scores import fingerprint_neighbours
-from crystallm_kit.scores.fingerprint_cells import certain_cell, solid_angles_and_areas
-from crystallm_kit.scores.fingerprint_composition import (
+from crystallm_kit.scores.fingerprints import neighbours as fingerprint_neighbours
+from crystallm_kit.scores.fingerprints.cells import certain_cell, solid_angles_and_areas
+from crystallm_kit.scores.fingerprints.composition import (
     composition_fingerprint,
     magpie_features,
     magpie_tables,
     scaled,
     unscaled,
 )
-from crystallm_kit.scores.fingerprint_motifs import TABLE
-from crystallm_kit.scores.fingerprint_plain import site_fingerprint
-from crystallm_kit.scores.fingerprints import (
+from crystallm_kit.scores.fingerprints.crystal import (
     FingerprintFailure,
     Fingerprints,
     fingerprints,
     structure_fingerprint,
 )
+from crystallm_kit.scores.fingerprints.motifs import TABLE
+from crystallm_kit.scores.fingerprints.plain import site_fingerprint
 
 FCC = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
 

@@ -1,4 +1,4 @@
-"""scores/hull.py, hull_sources.py: distances are pymatgen's; what is missing is named."""
+"""scores/stability/hull.py and hull_sources.py: distances are pymatgen's; what is missing is named."""
 
 import json
 import threading
@@ -10,8 +10,8 @@ import pytest
 from pymatgen.core import Composition
 
 from crystallm_kit.errors import EmptyInput, ImpossibleRequest, ReadError, UserError
-from crystallm_kit.scores.hull import Hull
-from crystallm_kit.scores.hull_sources import hull_of_rows, materials_project_hull, read_hull
+from crystallm_kit.scores.stability.hull import Hull
+from crystallm_kit.scores.stability.hull_sources import hull_of_rows, materials_project_hull, read_hull
 
 # Li-Fe-P-O and Na-Cl, eV/atom: invented, of the size of real ones.
 PHASES = {

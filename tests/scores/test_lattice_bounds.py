@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pymatgen.core import Lattice, Structure
 
-from crystallm_kit.scores.lattice_bounds import lengths, may_match, may_match_as_first, minima
-from crystallm_kit.scores.structure_matcher import TOLERANCES, fit, reduced
+from crystallm_kit.scores.matcher.lattice_bounds import lengths, may_match, may_match_as_first, minima
+from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, fit, reduced
 
 
 def successive_minima(matrix, reach=4):

@@ -11,7 +11,7 @@ import pytest
 from pymatgen.analysis.structure_matcher import OrderDisorderElementComparator, StructureMatcher
 from pymatgen.core import Element, Lattice, Structure
 
-from crystallm_kit.scores.mattergen_disorder import (
+from crystallm_kit.scores.matcher.mattergen_disorder import (
     Alloy,
     could_alloy,
     first_copies,
@@ -19,8 +19,8 @@ from crystallm_kit.scores.mattergen_disorder import (
     matches_among,
     substitutable,
 )
-from crystallm_kit.scores.novelty_index import NoveltyIndex
-from crystallm_kit.scores.structure_matcher import TOLERANCES, fit, reduced
+from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, fit, reduced
+from crystallm_kit.scores.novelty.index import NoveltyIndex
 from crystallm_kit.structures.files import read
 
 FCC = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])

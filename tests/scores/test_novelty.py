@@ -9,8 +9,8 @@ from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Lattice, Structure
 
 from crystallm_kit.errors import UserError
-from crystallm_kit.scores.novelty import duplicate_pairs, first_copies, later_copies
-from crystallm_kit.scores.structure_matcher import TOLERANCES, reduced
+from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, reduced
+from crystallm_kit.scores.novelty.copies import duplicate_pairs, first_copies, later_copies
 from crystallm_kit.structures.files import read
 
 DEFAULT = TOLERANCES["default"]

@@ -12,10 +12,10 @@ import pytest
 from pymatgen.core import Lattice, Structure
 
 from crystallm_kit.errors import ReadError, UserError
-from crystallm_kit.scores import novelty_index
-from crystallm_kit.scores.novelty import first_copies
-from crystallm_kit.scores.novelty_index import HEADER, NoveltyIndex
-from crystallm_kit.scores.structure_matcher import TOLERANCES, fit, reduced
+from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, fit, reduced
+from crystallm_kit.scores.novelty import index as novelty_index
+from crystallm_kit.scores.novelty.copies import first_copies
+from crystallm_kit.scores.novelty.index import HEADER, NoveltyIndex
 
 DEFAULT = TOLERANCES["default"]
 FCC = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
@@ -169,8 +169,8 @@ def test_a_merged_shard_that_a_killed_writer_left_is_not_read_twice(tmp_path, ha
 WRITER = """
 import sys
 import numpy as np
-from crystallm_kit.scores.novelty_index import NoveltyIndex
-from crystallm_kit.scores.structure_matcher import Reduced
+from crystallm_kit.scores.novelty.index import NoveltyIndex
+from crystallm_kit.scores.matcher.structure_matcher import Reduced
 index = NoveltyIndex.open(sys.argv[1])
 rng = np.random.default_rng(len(index))
 forms = [Reduced("Fe", np.array([26] * 8, np.int16), np.eye(3) * 5, rng.random((8, 3))) for _ in range(200)]

@@ -7,7 +7,7 @@ import pytest
 
 from crystallm_kit.errors import EmptyInput
 from crystallm_kit.scores.matching import wilson
-from crystallm_kit.scores.novelty_scores import (
+from crystallm_kit.scores.novelty.scores import (
     crystallm_pi_scores,
     crystallm_scores,
     genmetrics_scores,

@@ -8,7 +8,7 @@ from pymatgen.core import Lattice, Structure
 
 from crystallm_kit.errors import EmptyInput
 from crystallm_kit.records import Crystal
-from crystallm_kit.scores.novelty_speed import main
+from crystallm_kit.scores.novelty.speed import main
 from crystallm_kit.structures.writing import write
 
 FCC = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])

@@ -14,10 +14,10 @@ from pymatgen.core import Lattice, Molecule, Structure
 
 from crystallm_kit.errors import ReadError, UserError
 from crystallm_kit.records import Crystal
-from crystallm_kit.scores import reference_index as module
-from crystallm_kit.scores.novelty_index import NoveltyIndex
-from crystallm_kit.scores.reference_index import content_hash, reference_index
-from crystallm_kit.scores.structure_matcher import TOLERANCES, reduced
+from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, reduced
+from crystallm_kit.scores.novelty import reference_index as module
+from crystallm_kit.scores.novelty.index import NoveltyIndex
+from crystallm_kit.scores.novelty.reference_index import content_hash, reference_index
 from crystallm_kit.structures.files import read
 from crystallm_kit.structures.writing import write
 
@@ -119,7 +119,7 @@ def test_a_folder_s_hash_is_that_of_its_files_and_their_names(tmp_path):
 
 PROGRAM = """
 import sys
-from crystallm_kit.scores import reference_index as module
+from crystallm_kit.scores.novelty import reference_index as module
 module._PER_ADDITION = 64
 module.reference_index(sys.argv[1], sys.argv[2], processes=1, say=lambda text: print(text, flush=True))
 """

@@ -1,4 +1,4 @@
-"""scores/stability.py, stability_scores.py, element_references.py: denominators and guards by hand."""
+"""scores/stability/, sample.py, scores.py and element_references.py: denominators and guards by hand."""
 
 import math
 
@@ -7,16 +7,16 @@ import pytest
 from pymatgen.core import Composition, Lattice, Structure
 
 from crystallm_kit.errors import EmptyInput, ImpossibleRequest, ReadError, UserError
-from crystallm_kit.scores.element_references import (
+from crystallm_kit.scores.stability.element_references import (
     Check,
     ElementReferences,
     fit_references,
     read_references,
     shipped_references,
 )
-from crystallm_kit.scores.hull import Hull
-from crystallm_kit.scores.stability import Judge, Stability, judge_of, rmsd_angstrom, stability_of
-from crystallm_kit.scores.stability_scores import Standing, stability_scores
+from crystallm_kit.scores.stability.hull import Hull
+from crystallm_kit.scores.stability.sample import Judge, Stability, judge_of, rmsd_angstrom, stability_of
+from crystallm_kit.scores.stability.scores import Standing, stability_scores
 from crystallm_kit.structures.relaxation import Relaxed
 
 CHECK = Check(

@@ -14,9 +14,9 @@ from pymatgen.analysis.structure_matcher import StructureMatcher
 from pymatgen.core import Lattice, Structure
 
 from crystallm_kit.errors import DisorderedStructure, UserError
-from crystallm_kit.scores import matcher_compiled, matcher_speed
-from crystallm_kit.scores.matcher_pairs import Pair, Pool, perturbed, pool_of, real_pairs
-from crystallm_kit.scores.structure_matcher import (
+from crystallm_kit.scores.matcher import compiled, speed
+from crystallm_kit.scores.matcher.pairs import Pair, Pool, perturbed, pool_of, real_pairs
+from crystallm_kit.scores.matcher.structure_matcher import (
     TOLERANCES,
     Reduced,
     fit,
@@ -74,7 +74,7 @@ def arrays(form: Reduced):
 
 def agrees(pairs, **at_least):
     """Compare with pymatgen; `at_least` guards against a set on which agreeing would mean nothing."""
-    found = matcher_speed.compare(pairs)
+    found = speed.compare(pairs)
     assert found.differ == 0, "\n".join(found.lines())
     for what, least in at_least.items():
         assert sum(found.counts[name, what] for name in TOLERANCES) >= least
@@ -220,13 +220,13 @@ def test_threads_get_the_answers_of_one_thread():
 
 def test_the_cache_is_made_anew_where_any_part_changes():
     """Each file of compiled functions counts: numba looks at the one of the entries only."""
-    folder = Path(matcher_compiled.__file__).parent
-    compiled = {
-        path.stem.removeprefix("matcher_")
-        for path in folder.glob("matcher_*.py")
+    folder = Path(compiled.__file__).parent
+    parts = {
+        path.stem
+        for path in folder.glob("*.py")
         if re.search(r"^@?(kernel|def kernel)\b", path.read_text(), re.MULTILINE)
     }
-    assert compiled == set(matcher_compiled._SOURCES)
+    assert parts == set(compiled._SOURCES)
 
 
 def test_two_hundred_sites_take_no_longer_than_a_second():
@@ -261,7 +261,7 @@ def test_real_pairs_are_judged_as_by_pymatgen():
 def test_more_real_pairs_are_judged_as_by_pymatgen_and_twenty_times_faster():
     pool = pool_of(data_folder("CRYSTALLM_KIT_DATA"), data_folder("CRYSTALLM_KIT_SAMPLES"), limit=2000)
     agrees(real_pairs(pool, 1500, seed=8), fit=1500, rms=1700)
-    _, theirs, mine, differ = matcher_speed.match_rate_speed(pool, 30)
+    _, theirs, mine, differ = speed.match_rate_speed(pool, 30)
     assert differ == 0
     assert theirs / mine > 20
 
@@ -278,7 +278,7 @@ def test_several_processes_give_the_forms_of_one():
 
 
 def test_the_command_prints_both_tables_and_refuses_a_folder_without_data(capsys, tmp_path):
-    assert matcher_speed.main([str(tmp_path)]) == 2
+    assert speed.main([str(tmp_path)]) == 2
     assert "none of mp_test" in capsys.readouterr().err
     found = agrees(real_pairs(Pool([make() for make in CRYSTALS], []), 4, seed=1))
     text = "\n".join(found.lines())

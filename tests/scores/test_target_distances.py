@@ -9,7 +9,7 @@ from pymatgen.core import Lattice, Structure
 
 from crystallm_kit.errors import UserError
 from crystallm_kit.scores.match_scores import metre_scores
-from crystallm_kit.scores.reduced_forms import in_processes, reduced_forms
+from crystallm_kit.scores.matcher.reduced_forms import in_processes, reduced_forms
 from crystallm_kit.scores.target_distances import distances_all_to_all, distances_to_targets
 
 FCC = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])

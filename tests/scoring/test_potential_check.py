@@ -7,7 +7,7 @@ import pytest
 from pymatgen.core import Lattice, Structure
 
 from crystallm_kit.records import Crystal
-from crystallm_kit.scores.element_references import read_references
+from crystallm_kit.scores.stability.element_references import read_references
 from crystallm_kit.scoring.potential_check import drawn, main
 from crystallm_kit.structures.files import write
 from crystallm_kit.structures.relaxation import load_potential, relax

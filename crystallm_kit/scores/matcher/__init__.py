@@ -1,0 +1,1 @@
+"""pymatgen's StructureMatcher, compiled: the same decisions, the same distances."""

@@ -1,0 +1,1 @@
+"""What is a copy of another, and what is known already."""

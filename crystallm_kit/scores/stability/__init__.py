@@ -1,0 +1,1 @@
+"""Energies above the hull, and what the papers call stable."""
