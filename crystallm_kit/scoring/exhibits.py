@@ -19,6 +19,7 @@ from crystallm_kit.scoring.view import Floats, View
 
 _MOST_POINTS = 2000  # of a picture
 _N_BEST, _N_TYPICAL, _N_FAILURES = 6, 6, 9
+_FEWEST_VOTES = 5  # candidates of a target whose shares say something
 _BINS = 40
 _HULL_BINS = (-0.2, 0.8)  # eV/atom
 # Quantity -> column of the checks, unit; of numbers.
@@ -169,18 +170,30 @@ def _failures(reasons: Sequence[str | None]) -> list[int]:
 
 
 def parities(scene: Scene) -> list[dict[str, Any]]:
-    """Return pairs of what was asked and what came out, of properties that are measured on a structure."""
-    shown = []
-    if scene.relaxation is not None:
-        before = scene.samples.floats("stability", "submitted_hull_distance_ev_per_atom")
-        after = scene.samples.floats("stability", HULL_DISTANCE)
-        at = np.flatnonzero(np.isfinite(before) & np.isfinite(after))[:_MOST_POINTS]
-        if len(at):
-            shown.append({
-                "title": "Hull distance as submitted and relaxed", "x_label": "as submitted",
-                "y_label": "relaxed", "unit": "eV/atom", "x": before[at].round(4).tolist(),
-                "y": after[at].round(4).tolist(),
-            })  # fmt: skip
+    """Return pairs of two numbers that should be equal, and of a confidence and whether it was right.
+
+    What was asked for and what came out; a crystal before and after relaxation; a candidate and its target;
+    and the share of a target's candidates that are one structure, with whether that structure is the target.
+    """
+    found = (_relaxation_parity(scene), _density_parity(scene), _target_parity(scene), _agreement(scene))
+    return [plot for plot in found if plot is not None]
+
+
+def _relaxation_parity(scene: Scene) -> dict[str, Any] | None:
+    if scene.relaxation is None:
+        return None
+    before = scene.samples.floats("stability", "submitted_hull_distance_ev_per_atom")
+    after = scene.samples.floats("stability", HULL_DISTANCE)
+    at = np.flatnonzero(np.isfinite(before) & np.isfinite(after))[:_MOST_POINTS]
+    if not len(at):
+        return None
+    return {
+        "title": "Hull distance as submitted and relaxed", "x_label": "as submitted", "y_label": "relaxed",
+        "unit": "eV/atom", "x": before[at].round(4).tolist(), "y": after[at].round(4).tolist(),
+    }  # fmt: skip
+
+
+def _density_parity(scene: Scene) -> dict[str, Any] | None:
     asked: list[float] = []
     found: list[float] = []
     density: NDArray[np.float64] = scene.samples.floats("checks", "density_g_cm3")
@@ -189,9 +202,57 @@ def parities(scene: Scene) -> list[dict[str, Any]]:
         if wanted and wanted.get("low") == wanted.get("high") is not None and np.isfinite(density[i]):
             asked.append(float(wanted["low"]))
             found.append(float(density[i]))
-    if asked:
-        shown.append({
-            "title": "Density asked for and found", "x_label": "asked for", "y_label": "found",
-            "unit": "g/cm3", "x": asked[:_MOST_POINTS], "y": found[:_MOST_POINTS],
-        })  # fmt: skip
-    return shown
+    if not asked:
+        return None
+    return {
+        "title": "Density asked for and found", "x_label": "asked for", "y_label": "found",
+        "unit": "g/cm3", "x": asked[:_MOST_POINTS], "y": found[:_MOST_POINTS],
+    }  # fmt: skip
+
+
+def _target_parity(scene: Scene) -> dict[str, Any] | None:
+    """Return the volume per atom of each target and of its first candidate, whether it matches or not."""
+    if scene.pairs is None or scene.targets is None:
+        return None
+    column = "volume_per_atom_angstrom3"
+    first = np.flatnonzero(scene.pairs.candidate == 0)
+    theirs = scene.targets.floats("checks", column)[scene.pairs.target[first]]
+    ours = scene.samples.floats("checks", column)[first]
+    at = np.flatnonzero(np.isfinite(theirs) & np.isfinite(ours))[:_MOST_POINTS]
+    if not len(at):
+        return None
+    return {
+        "title": "Volume per atom of targets and of their first candidates", "x_label": "target",
+        "y_label": "first candidate", "unit": "angstrom^3", "x": theirs[at].round(3).tolist(),
+        "y": ours[at].round(3).tolist(),
+    }  # fmt: skip
+
+
+def _agreement(scene: Scene) -> dict[str, Any] | None:
+    """Return, for each different structure among a target's candidates, its share of them and its truth.
+
+    Different is what pymatgen's matcher tells apart at its defaults; true is what matches at those of
+    structure prediction. All candidates count in the share, unreadable ones too: they are votes for nothing.
+    """
+    if scene.pairs is None or "default" not in scene.copies.of:
+        return None
+    target = scene.pairs.target
+    n_candidates = np.bincount(target)
+    readable = scene.readable
+    of = scene.copies.of["default"]
+    # a copy of a copy's original; originals may lie among the candidates of another target of that formula
+    root = np.where(of >= 0, of, np.arange(scene.n))
+    votes = Counter(zip(target[readable].tolist(), root[readable].tolist(), strict=True))
+    matched = np.isfinite(scene.samples.floats("matches", "rms_distance.csp"))
+    first: dict[tuple[int, int], int] = {}
+    for i in np.flatnonzero(readable).tolist():
+        first.setdefault((int(target[i]), int(root[i])), i)
+    kinds = [kind for kind in first if n_candidates[kind[0]] >= _FEWEST_VOTES]
+    if not kinds:
+        return None
+    return {
+        "kind": "calibration", "title": "Agreement of a target's candidates",
+        "x_label": "share of the candidates that are a structure", "y_label": "of these, the target's",
+        "unit": "", "x": [round(votes[kind] / int(n_candidates[kind[0]]), 4) for kind in kinds],
+        "y": [int(matched[first[kind]]) for kind in kinds],
+    }  # fmt: skip

@@ -167,6 +167,34 @@ def test_targets_give_match_rates(tmp_path):
     assert found["kit.metre@2"].numerator == 2
 
 
+def test_candidates_of_targets_are_drawn_beside_them_with_how_far_they_agree(tmp_path):
+    """Of five candidates of NaCl four are one structure, and right; of KBr's one is right, three agree on
+    another, and one is unreadable."""
+    truth, guesses = tmp_path / "truth.extxyz", tmp_path / "guesses.extxyz"
+    write([Crystal("mp-1", rocksalt("Na", "Cl")), Crystal("mp-2", rocksalt("K", "Br", 6.6))], truth)
+    cscl = {
+        ions: Structure(Lattice.cubic(4.1), list(ions), [[0, 0, 0], [0.5] * 3])
+        for ions in (("Na", "Cl"), ("K", "Br"))
+    }
+    guessed = [cscl["Na", "Cl"], *(rocksalt("Na", "Cl", a) for a in (5.5, 5.6, 5.7, 5.8))]
+    guessed += [cscl["K", "Br"]] * 3 + [rocksalt("K", "Br", 6.5)]
+    write([Crystal(f"guess {i}", one) for i, one in enumerate(guessed)], guesses)
+    with guesses.open("a") as file:
+        file.write('2\nLattice="3 0 0 0 3 0 0 0 3"\nK 0 0 0\n')
+    score(guesses, targets=truth, out=tmp_path / "out")
+    plots = json.loads((tmp_path / "out" / "report.json").read_text())["sets"][0]["parity"]
+    volume, agreement = plots
+    assert volume["x"] == pytest.approx([5.69**3 / 8, 6.6**3 / 8], abs=1e-3)
+    assert volume["y"] == pytest.approx([4.1**3 / 2] * 2, abs=1e-3)
+    assert agreement["kind"] == "calibration"
+    assert sorted(zip(agreement["x"], agreement["y"], strict=True)) == [
+        (0.2, 0),
+        (0.2, 1),
+        (0.6, 0),
+        (0.8, 1),
+    ]
+
+
 @pytest.mark.slow
 def test_matters_of_order_are_nothing_to_mattergens_matcher(tmp_path):
     """CuAu as L1_0 and as L1_1 (Strukturbericht), one lattice: two crystals, one disordered alloy."""
