@@ -39,21 +39,23 @@ def know(item: Item, settings: Mapping[str, Any], where: Mapping[str, Any]) -> d
     }
     if columns["known_formula"]:
         n_sites = len(item.row["numbers"])
-        for name in ("default", "lemat"):
-            columns[f"known_as.{name}"] = index.find(form, TOLERANCES[name])
+        same = index.find_all(form, TOLERANCES["default"])
+        columns["known_as.default"], columns["all_known.default"] = (same[0], same) if same else (None, None)
+        columns["known_as.lemat"] = index.find(form, TOLERANCES["lemat"])
         columns["known_as.cell_formula"] = index.find(form, TOLERANCES["default"], cell_sites=n_sites)
         columns["known_as.genmetrics"] = index.find(form, TOLERANCES["csp"], form_is_second=True)
     return columns
 
 
 def know_alloy(item: Item, settings: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the column of `known_alloys`: the same by MatterGen's matcher, to which order is nothing."""
+    """Return the columns of `known_alloys`: the same by MatterGen's matcher, to which order is nothing."""
     del settings
     if item.structure is None:
         return {}
     alloy = Alloy(item.structure)
     entries = _index(where["index"]).entries(alloy.form.formula)
-    return {"known_as.disordered": next(matches_among(alloy, entries), None)}
+    same = list(matches_among(alloy, entries))
+    return {"known_as.disordered": same[0], "all_known.disordered": same} if same else {}
 
 
 def build_index(read: Path, forms: Path, folder: Path) -> int:

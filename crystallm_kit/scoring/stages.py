@@ -139,11 +139,14 @@ STAGES: dict[str, Stage] = {
             *_BONDS, *((name, _FLOAT) for name in BOND_SCORES),
         ), "checking:check_bonds"),
         Stage("forms", 1, 30.0, (("reduced_formula", _TEXT), *STRUCTURE_COLUMNS), "reducing:reduce"),
-        Stage("known", 2, 60.0, (
+        Stage("known", 3, 60.0, (
             ("known_formula", _TRUTH), ("known_system", _TRUTH), ("known_as.default", _TEXT),
             ("known_as.lemat", _TEXT), ("known_as.genmetrics", _TEXT), ("known_as.cell_formula", _TEXT),
+            ("all_known.default", pa.list_(_TEXT)),
         ), "knowing:know", ("forms",)),
-        Stage("known_alloys", 1, 120.0, (("known_as.disordered", _TEXT),), "knowing:know_alloy"),
+        Stage("known_alloys", 2, 120.0, (
+            ("known_as.disordered", _TEXT), ("all_known.disordered", pa.list_(_TEXT)),
+        ), "knowing:know_alloy"),
         Stage("fingerprints", 1, 60.0, (
             ("fingerprintable", _TRUTH), ("fingerprint_reason", _TEXT),
             ("structure_fingerprint", pa.list_(_FLOAT)), ("composition_fingerprint", pa.list_(_FLOAT)),

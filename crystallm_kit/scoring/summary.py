@@ -174,9 +174,18 @@ def _mattergen(scene: Scene) -> Iterator[Score]:
     for matcher, rule, column in matchers:
         for one in mattergen_scores(
             scored, unique(view, copies, rule), known(view, column), matcher=matcher, systems=systems,
-            known_system=known_system,
+            known_system=known_system, found_in_reference=_found_in_reference(view, column),
+            n_reference=0 if scene.reference is None else int(scene.reference.readable().sum()),
         ):  # fmt: skip
             yield _noted(one, what)
+
+
+def _found_in_reference(view: View, column: str) -> int | None:
+    """Return how many reference entries, by id, any sample is the same as; None: there is no reference."""
+    stage = "known_alloys" if column == "disordered" else "known"
+    if not view.has(stage):
+        return None
+    return len({entry for same in view.column(stage, f"all_known.{column}") for entry in same or ()})
 
 
 def _noted(score: Score, what: str) -> Score:

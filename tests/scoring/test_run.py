@@ -95,6 +95,23 @@ def test_counts_are_those_made_by_hand(tmp_path, generated):
     assert sum(report["sets"][0]["reasons"].values()) == 10 - counts["unique"]
 
 
+def test_the_part_of_the_reference_that_was_found_is_counted_once_an_entry(tmp_path):
+    """Two samples of NaCl find both entries of it; nobody finds LiF."""
+    write(
+        [Crystal(f"s{i}", rocksalt("Na", "Cl", a)) for i, a in enumerate((5.6, 5.7))], tmp_path / "s.extxyz"
+    )
+    known = [
+        ("mp-1", rocksalt("Na", "Cl")),
+        ("mp-2", rocksalt("Na", "Cl", 5.8)),
+        ("mp-3", rocksalt("Li", "F", 4.0)),
+    ]
+    write([Crystal(name, one) for name, one in known], tmp_path / "known.extxyz")
+    options = {"reference": tmp_path / "known.extxyz", "out": tmp_path / "out", "protocols": ["mattergen"]}
+    found = by_name(score(tmp_path / "s.extxyz", **options)["s"])
+    for name in ("mattergen.recall", "mattergen.ordered_recall"):
+        assert (found[name].numerator, found[name].denominator) == (2, 3)
+
+
 def test_a_run_that_is_done_is_not_done_again(tmp_path, generated):
     first = score(generated, out=tmp_path / "out")
     parts = {p: p.stat().st_mtime_ns for p in (tmp_path / "out" / "work").rglob("*.parquet")}
