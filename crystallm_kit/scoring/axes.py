@@ -104,7 +104,7 @@ class Frame:
 
     def x(self, value: float) -> float:
         """Return where a value is on the axis to the right."""
-        return self.left + _part(value, self.across) * (WIDTH - 10 - self.left)
+        return self.left + _part(value, self.across) * (WIDTH - (20 if self.x_percent else 10) - self.left)
 
     def y(self, value: float) -> float:
         """Return where a value is on the axis upwards."""

@@ -115,7 +115,7 @@ def _calibration(
         low, high = wilson(round(came), len(found))
         parts.append(_whisker(frame, told, low, came / len(found), high, colour))
         error += abs(came / len(found) - told) * len(found) / len(pairs)
-    said = f"{len(pairs):,} samples in {len(grouped)} groups; mean calibration error {percent(error)}"
+    said = f"{len(pairs):,} cases in {len(grouped)} groups; mean calibration error {percent(error)}"
     return svg(f"{plot['title']}: {said}", frame.height, "".join(parts)), said
 
 

@@ -183,7 +183,7 @@ def test_calibration_compares_what_was_told_with_what_came():
         "x": [0.95] * 20 + [0.15] * 20, "y": [1] * 19 + [0] + [1] * 10 + [0] * 10,
     }  # fmt: skip
     picture, said = parity_picture(plot, 0)
-    assert said == "40 samples in 2 groups; mean calibration error 17.5 %"
+    assert said == "40 cases in 2 groups; mean calibration error 17.5 %"
     assert len(named(picture, "whisker")) == 2
 
 
