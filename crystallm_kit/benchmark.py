@@ -38,7 +38,7 @@ from pymatgen.core import Composition, Structure
 from crystallm_kit.conditioned import calibration, conditioned, known_crystals
 from crystallm_kit.engines.engine import Sampling
 from crystallm_kit.errors import EmptyInput, ImpossibleRequest, UserError
-from crystallm_kit.generation import Model, load_model, ranked, stream
+from crystallm_kit.generation import Model, candidates, load_model, ranked, stream
 from crystallm_kit.records import Conditions, Crystal, Range, Sample
 from crystallm_kit.scores.funnel import Funnel, funnel, mark_duplicates
 from crystallm_kit.scores.hits import is_ordered, lines
@@ -84,23 +84,21 @@ def predict(
     if not targets or n_samples < 1:
         raise EmptyInput(f"predict: {len(targets)} targets, {n_samples} samples each, so no rate")
     asked = [dataclasses.replace(composition_of(t), properties=properties or {}) for t in targets]
-    requests = [conditions for conditions in asked for _ in range(n_samples)]
 
     def candidates_of(model: Model) -> list[list[Sample]]:
-        samples = list(stream(requests, seed=seed, model=model, sampling=sampling))
-        return [samples[i * n_samples : (i + 1) * n_samples] for i in range(len(targets))]
+        return list(candidates(asked, n_samples, seed=seed, model=model, sampling=sampling))
 
     drawn = candidates_of(model)
     kinds = {"as drawn": drawn}
     if getattr(model.engine, "is_drawn", True):  # templates stand in their order already
-        kinds["ranked"] = [ranked(candidates) for candidates in drawn]
+        kinds["ranked"] = [ranked(samples) for samples in drawn]
     if template is not None:
         kinds["template"] = candidates_of(template)
         kinds["template + model"] = [pooled(*both) for both in zip(kinds["template"], drawn, strict=True)]
     jobs = [
-        ([s.structure for s in candidates[: max(KS)]], target.structure)
+        ([s.structure for s in samples[: max(KS)]], target.structure)
         for rows in kinds.values()
-        for candidates, target in zip(rows, targets, strict=True)
+        for samples, target in zip(rows, targets, strict=True)
     ]
     workers = min(os.cpu_count() or 1, -(-len(jobs) // _JOBS_OF_A_TASK))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

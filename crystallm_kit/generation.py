@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -406,6 +407,34 @@ def stream(
                 measures = {**sample.measures, "redraws": attempt}
                 samples[i] = dataclasses.replace(sample, measures=measures)
         yield from samples
+
+
+def candidates(
+    requests: Sequence[Conditions],
+    n: int,
+    *,
+    seed: int = 0,
+    model: Model,
+    sampling: Sampling | None = None,
+    redraws: int = REDRAWS,
+) -> Iterator[list[Sample]]:
+    """Yield n judged samples for each request, whatever else is asked for.
+
+    An engine that draws nothing gives the k-th of several equal requests its k-th best answer; here each
+    request gets the n best.
+
+    Args:
+        requests: One for each list.
+        n: Samples of each.
+        seed, model, sampling, redraws: As in `stream`.
+    """
+    if getattr(model.engine, "is_drawn", True):
+        every = [conditions for conditions in requests for _ in range(n)]
+        samples = stream(every, seed=seed, model=model, sampling=sampling, redraws=redraws)
+        yield from (list(islice(samples, n)) for _ in requests)
+        return
+    for k, conditions in enumerate(requests):
+        yield list(stream([conditions] * n, seed=new_seed(seed, k), model=model, sampling=sampling))
 
 
 # What another cell and other coordinates for the same sites may mend.

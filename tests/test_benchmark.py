@@ -9,7 +9,7 @@ from pymatgen.core import Lattice, Molecule, Structure
 from crystallm_kit import benchmark
 from crystallm_kit.engines.engine import Sampling
 from crystallm_kit.errors import EmptyInput, ImpossibleRequest, UnknownName, UserError
-from crystallm_kit.generation import load_model, ranked, stream
+from crystallm_kit.generation import candidates, load_model, ranked, stream
 from crystallm_kit.records import Conditions, Crystal, Range
 from crystallm_kit.scores.matching import match_rate, rms_distances
 from crystallm_kit.structures.files import read, write
@@ -55,9 +55,9 @@ def test_prediction_is_what_drawing_ranking_and_matching_give_one_by_one(model):
     for order in ("as drawn", "ranked"):
         distances = []
         for i, target in enumerate(targets):
-            candidates = samples[i * n : (i + 1) * n]
-            candidates = ranked(candidates) if order == "ranked" else candidates
-            distances.append(rms_distances([s.structure for s in candidates], target.structure))
+            of_target = samples[i * n : (i + 1) * n]
+            of_target = ranked(of_target) if order == "ranked" else of_target
+            distances.append(rms_distances([s.structure for s in of_target], target.structure))
         for found, k in zip(rates[order], (1, 5), strict=True):
             expected = match_rate(distances, k)
             # distances differ in their last digits from process to process
@@ -71,14 +71,14 @@ def test_only_those_k_are_reported_that_the_samples_reach(model):
 
 
 def test_a_property_is_asked_of_every_candidate(model, monkeypatch):
-    """What `stream` is handed, which still runs."""
+    """What `candidates` is handed, which still runs."""
     asked = []
 
-    def recorded(requests, **settings):
-        asked.extend(requests)
-        return stream(requests, **settings)
+    def recorded(requests, n, **settings):
+        asked.extend([*requests] * n)
+        return candidates(requests, n, **settings)
 
-    monkeypatch.setattr(benchmark, "stream", recorded)
+    monkeypatch.setattr(benchmark, "candidates", recorded)
     benchmark.predict([NACL], model, n_samples=2, properties={"hull_distance_ev_per_atom": Range.exactly(0)})
     [conditions] = {repr(c): c for c in asked}.values()
     assert len(asked) == 2

@@ -24,7 +24,7 @@ from pymatgen.core import Structure
 
 from crystallm_kit.benchmark import composition_of
 from crystallm_kit.errors import EncodeError, ImpossibleRequest, ReadError, UnknownName, UserError
-from crystallm_kit.generation import Model, check_request, new_seed, sample_to_dict, stream
+from crystallm_kit.generation import Model, candidates, check_request, new_seed, sample_to_dict
 from crystallm_kit.records import Conditions, Crystal, Sample, Verdict
 from crystallm_kit.structures.elements import ATOMIC_NUMBER
 from crystallm_kit.structures.symmetry import dataset
@@ -114,12 +114,14 @@ def draw_candidates(
         path = folder / f"block-{block:05d}.jsonl.gz"
         if not path.exists():
             refused = {a.target: why for a in some if (why := _why_not(a.conditions, model))}
-            asked_for = [a for a in some if a.target not in refused for _ in range(n_drawn)]
+            asked_for = [a for a in some if a.target not in refused]
             requests = [a.conditions for a in asked_for]
-            samples = stream(requests, seed=new_seed(seed, block), model=model, redraws=redraws)
+            found = candidates(requests, n_drawn, seed=new_seed(seed, block), model=model, redraws=redraws)
             lines = ({"target": target, "refused": why} for target, why in refused.items())
             drawn = (
-                {"target": a.target, **sample_to_dict(s)} for a, s in zip(asked_for, samples, strict=True)
+                {"target": a.target, **sample_to_dict(sample)}
+                for a, samples in zip(asked_for, found, strict=True)
+                for sample in samples
             )
             _write(path, chain(lines, drawn))
         if say is not None:

@@ -10,7 +10,15 @@ from crystallm_kit import cli
 from crystallm_kit.engines.engine import Prompt, Sampling
 from crystallm_kit.engines.template import TemplateEngine
 from crystallm_kit.errors import ImpossibleRequest, UserError
-from crystallm_kit.generation import complete_crystal, generate, infill, load_model, stream, template_model
+from crystallm_kit.generation import (
+    candidates,
+    complete_crystal,
+    generate,
+    infill,
+    load_model,
+    stream,
+    template_model,
+)
 from crystallm_kit.records import Conditions, Crystal
 from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, fit, reduced
 from crystallm_kit.structures.files import write
@@ -65,6 +73,15 @@ def test_the_answers_to_a_prompt_are_its_best_guesses_in_order(engine):
     scores = [c.log_probability for c in found]
     assert scores == sorted(scores, reverse=True)
     assert sum(math.exp(score) for score in scores) == pytest.approx(1.0)
+
+
+def test_each_of_equal_requests_gets_the_best_guesses(model):
+    """Two targets of one composition, as polymorphs are: none takes the other's."""
+    asked = Conditions(formula={"Rb": 1, "Cl": 1}, n_sites=2)
+    first, second = candidates([asked, asked], 2, model=model)
+    assert [s.text for s in first] == [s.text for s in second]
+    assert first[0].text.startswith("Rb1 Cl1 225\n")
+    assert len({s.id for s in first + second}) == 4
 
 
 def test_the_answers_do_not_depend_on_seed_temperature_or_what_is_asked_beside(engine):
