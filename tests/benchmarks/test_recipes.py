@@ -11,7 +11,11 @@ from crystallm_kit.scoring.published import published_table
 from crystallm_kit.text.conditions import conditions_from_dict
 
 ROOT = Path(__file__).parents[2]
-RECIPES = [path for path in sorted((ROOT / "eval").glob("*.yaml")) if path.name != "published.yaml"]
+RECIPES = [
+    path
+    for path in sorted((ROOT / "eval").glob("*.yaml"))
+    if path.name not in ("data.yaml", "published.yaml")
+]
 FILES = ("generators.1.library=[x.cif]",)
 
 
