@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from crystallm_kit.models.checkpoints import without_adapter
+
 _FIRST_ROOM = 48  # tokens; most crystals of 20 atoms end within it
 
 
@@ -58,8 +60,7 @@ def growing_cache(config: Any) -> Any:
 
 def cache_argument(model: Any, cache: Any) -> dict[str, Any]:
     """Return a cache under the name by which this model takes it: `cache` from transformers 5.24 on."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's names nothing
-    return {_name_of_cache(base.__class__): cache}
+    return {_name_of_cache(without_adapter(model).__class__): cache}
 
 
 @lru_cache(maxsize=64)

@@ -43,6 +43,7 @@ from crystallm_kit.models.checkpoints import (
     copy_tokenizer,
     read_manifest,
     replace_folder,
+    without_adapter,
     write_manifest,
 )
 from crystallm_kit.models.folders import base_source
@@ -427,7 +428,7 @@ def load_base(
 
 
 def _checkpoint_activations(model: Any) -> None:
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = without_adapter(model)
     # transformers 5 has both names, and warns of the older one in its later releases
     enable = getattr(plain, "activation_checkpointing_enable", None) or plain.gradient_checkpointing_enable
     enable({"use_reentrant": False})

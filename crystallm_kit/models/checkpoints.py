@@ -417,3 +417,8 @@ def check_safetensors(path: Path) -> None:
 def _truncated(path: Path, size: int, expected: int, why: str) -> str:
     what = "truncated" if size < expected else "damaged"
     return f"{path}: {what}: {size:,} bytes, but {why} {expected:,}. Copy or download it again."
+
+
+def without_adapter(model: Any) -> Any:
+    """Return the causal LM itself where peft has wrapped it; its class names what a forward pass takes."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from crystallm_kit.errors import CrystallmKitError, MissingExtra, UserError
+from crystallm_kit.structures.processes import end
 
 Task = dict[str, Any]
 _GRACE_SECONDS = 2.0  # of computing, from the clock that raises to the one that kills
@@ -167,15 +168,7 @@ class Worker:
 
     def _retire(self, process: "subprocess.Popen[str]") -> int:
         self._process = None
-        process.kill()
-        code = process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except BrokenPipeError:  # what was left in its buffer has no reader any more
-                    continue
-        return code
+        return end(process)
 
     def _started(self) -> "subprocess.Popen[str]":
         program = (

@@ -30,6 +30,7 @@ from pymatgen.core.structure import Structure
 
 from crystallm_kit.errors import ReadError
 from crystallm_kit.structures.cif_reading import build_structure, structure_from_any_cif
+from crystallm_kit.structures.processes import end
 
 
 class CifPool:
@@ -102,16 +103,8 @@ class CifPool:
         return process
 
     def _retire(self, process: "subprocess.Popen[str]") -> int:
-        process.kill()
-        code = process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                try:
-                    pipe.close()
-                except BrokenPipeError:  # what was left in its buffer has no reader any more
-                    continue
         self._processes.discard(process)
-        return code
+        return end(process)
 
 
 def serve(timeout_seconds: float) -> None:

@@ -14,7 +14,6 @@ A worker reads a JSON list [id, lattice, atomic numbers, fractional coordinates]
 Not here: the folder of a run (relaxed_set.py), how one batch relaxes (relaxation.py).
 """
 
-import contextlib
 import json
 import math
 import os
@@ -34,6 +33,7 @@ from pymatgen.core import Lattice, Structure
 
 from crystallm_kit import errors
 from crystallm_kit.errors import CrystallmKitError, UserError
+from crystallm_kit.structures.processes import end
 from crystallm_kit.structures.relaxation import Evaluation, Potential, Relaxed, load_potential, relax
 
 Named = tuple[str, Structure]
@@ -243,16 +243,7 @@ class _Worker:
     def retire(self) -> int:
         """End the process, if there is one, and return its exit code."""
         process, self._process = self._process, None
-        if process is None:
-            return 0
-        if process.poll() is None:
-            process.kill()
-        code = process.wait()
-        for pipe in (process.stdin, process.stdout):
-            with contextlib.suppress(OSError):
-                if pipe is not None:
-                    pipe.close()
-        return code
+        return 0 if process is None else end(process)
 
     def close(self) -> None:
         """Kill the process; what it was doing is lost, and its thread ends."""

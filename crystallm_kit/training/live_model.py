@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from crystallm_kit.models.checkpoints import without_adapter
 from crystallm_kit.training.loss import ATTENTION
 
 
@@ -70,8 +71,7 @@ class LentModel:
 
     def get_base_model(self) -> Any:
         """Return the causal LM itself, as peft's models do: its class tells what a forward pass takes."""
-        model = self._model
-        return model.get_base_model() if hasattr(model, "get_base_model") else model
+        return without_adapter(self._model)
 
     def to(self, *_: Any) -> "LentModel":
         """Return this: quantised weights cannot be moved, and the others are where they belong."""

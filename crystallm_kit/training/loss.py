@@ -18,6 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from crystallm_kit.errors import RecipeError
+from crystallm_kit.models.checkpoints import without_adapter
 from crystallm_kit.training.batches import IGNORED
 
 ATTENTION = "crystallm_kit_training"  # key of `attention` in transformers' table of attention functions
@@ -192,7 +193,7 @@ def add_noise(loss: SummedLoss, alpha: float) -> None:
 
 def decoder_layers(model: Any) -> list[nn.Module]:
     """Return the layers of a causal LM, in order; peft's wrapping is looked through."""
-    names = set(getattr(_unwrapped(model), "_no_split_modules", None) or ())
+    names = set(getattr(without_adapter(model), "_no_split_modules", None) or ())
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
@@ -200,7 +201,3 @@ def compile_layers(model: Any, *, is_static: bool) -> None:
     """Compile the decoder layers in place; being alike, they share one graph: quick at any depth."""
     for module in decoder_layers(model):
         module.compile(dynamic=not is_static)
-
-
-def _unwrapped(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from crystallm_kit.models import bases
+from crystallm_kit.models.checkpoints import without_adapter
 from crystallm_kit.tokens.drawing import VocabularyInfo
 from crystallm_kit.training.batches import LENGTH_MULTIPLE, Layout
 from crystallm_kit.training.loss import SummedLoss, add_residual_dropout, decoder_layers
@@ -232,7 +233,7 @@ class _Counts:
 
     @classmethod
     def of(cls, model: Any) -> "_Counts":
-        head = _base_of(model).get_output_embeddings()
+        head = without_adapter(model).get_output_embeddings()
         matrices = {
             id(module.weight): module.weight.numel()
             for module in model.modules()
@@ -348,10 +349,6 @@ def scratch_config(recipe: TrainingRecipe, vocabulary_size: int) -> "PretrainedC
         model = new_model(shape, VocabularyInfo(vocabulary_size, None, None), seed=0)
     found: PretrainedConfig = model.config
     return found
-
-
-def _base_of(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _is_matrix(module: nn.Module) -> bool:
@@ -535,7 +532,7 @@ def _follow(
         positions = torch.arange(shape[1])[None]
         live = LiveBytes(known, labelled_share)
         kept: list[tuple[int, int]] = []
-        decoder = _base_of(model).get_decoder()
+        decoder = without_adapter(model).get_decoder()
         decoder.register_forward_hook(lambda *_: kept.append((live.now, live.copies)))
         with ExitStack() as stack:
             stack.enter_context(_quiet())
