@@ -47,6 +47,8 @@ class Generator:
         engine: "transformers" or another of ENGINES; "template": no model, nearest known prototypes.
         library: Crystal files that the template engine takes its prototypes from.
         samples: A file of crystals made elsewhere, in the order of the targets, n a target; nothing is drawn.
+        pooled: Names of two generators before it, a template engine's first: the candidates of both, in the order
+            of scores/pooled.py; nothing is drawn.
         drawn: Candidates drawn for each target; None: as many as are looked at. Rankings choose among them.
         orders: A row of the table each.
         about: Training data and settings: printed with the row.
@@ -58,6 +60,7 @@ class Generator:
     engine: str = "transformers"
     library: tuple[str, ...] = ()
     samples: str | None = None
+    pooled: tuple[str, ...] = ()
     drawn: int | None = None
     orders: tuple[Order, ...] = ("drawn",)
     about: str = ""
@@ -129,6 +132,8 @@ class BenchmarkRecipe:
         if self.task == "structure-prediction" and "composition" not in self.given:
             raise ValueError(f"given: the composition at least, got {list(self.given)}")
         for i, generator in enumerate(self.generators):
+            if generator.pooled:
+                self._check_pooled(generator, self.generators[:i])
             if generator.engine == "template" and not generator.library and not generator.samples:
                 raise ValueError(
                     f"generator '{generator.name}': the template engine needs a library of known crystals; "
@@ -138,6 +143,20 @@ class BenchmarkRecipe:
                 raise ValueError(
                     f"generator '{generator.name}': {generator.drawn} drawn, {max(self.k)} looked at"
                 )
+
+    def _check_pooled(self, generator: Generator, before: tuple[Generator, ...]) -> None:
+        both = [one for name in generator.pooled for one in before if one.name == name]
+        if len(generator.pooled) != 2 or len(both) != 2 or any(one.samples or one.pooled for one in both):
+            raise ValueError(
+                f"generator '{generator.name}': pooled: names of two generators before it that draw, "
+                f"got {list(generator.pooled)}; before it: {', '.join(one.name for one in before) or 'none'}"
+            )
+        if [one.engine == "template" for one in both] != [True, False]:
+            raise ValueError(f"generator '{generator.name}': pooled: a template engine first, then a model")
+        if self.task != "structure-prediction":
+            raise ValueError(
+                f"generator '{generator.name}': pooled: only for the task 'structure-prediction'"
+            )
 
 
 def check_files(recipe: BenchmarkRecipe, where: str) -> None:

@@ -35,6 +35,7 @@ from crystallm_kit.errors import EmptyInput, UserError
 from crystallm_kit.generation import Model, load_model
 from crystallm_kit.recipes import recipe_to_dict
 from crystallm_kit.records import Conditions, Crystal
+from crystallm_kit.scores.pooled import pooled
 from crystallm_kit.scores.score import Score
 from crystallm_kit.scoring.published import published_table
 from crystallm_kit.scoring.sample_sets import content_hash
@@ -135,6 +136,10 @@ def _predictions(
     say: Say,
 ) -> Iterator[Prediction]:  # fmt: skip
     k = max(recipe.k)
+    if generator.pooled:
+        rows = _pooled(recipe, generator, folder.parent, targets, k)
+        yield Prediction(generator.name, rows, generator.about)
+        return
     if generator.samples is not None:
         crystals = read(generator.samples)
         yield Prediction(
@@ -153,6 +158,20 @@ def _predictions(
         yield Prediction(name, rows, about.removeprefix("; ") if none else generator.about)
 
 
+def _pooled(
+    recipe: BenchmarkRecipe, generator: Generator, out: Path, targets: Sequence[Crystal], k: int
+) -> list[list[Structure | None]]:
+    """Return the candidates of two generators of the run in one order."""
+    by_template, by_model = (
+        dict(candidates_of(_folder(out, number, one) / "samples", _model(one).representation))
+        for name in generator.pooled
+        for number, one in enumerate(recipe.generators, start=1)
+        if one.name == name
+    )
+    both = ((by_template[target.id], by_model[target.id]) for target in targets)
+    return [in_order("drawn", pooled(*samples), k) for samples in both]
+
+
 def _draw(
     recipe: BenchmarkRecipe, generator: Generator, asked: Sequence[Asked], model: Model, folder: Path,
     n_drawn: int, say: Say, per_block: int = 1,
@@ -164,7 +183,7 @@ def _draw(
     )  # fmt: skip
 
 
-def _model(generator: Generator, batch_size: int) -> Model:
+def _model(generator: Generator, batch_size: int = 256) -> Model:
     if generator.engine == "template":
         return load_model(engine="template", library=generator.library)
     return load_model(

@@ -75,6 +75,25 @@ def test_a_model_is_a_row_for_each_order_and_a_second_run_draws_nothing(tmp_path
     assert [block.stat().st_mtime_ns for block in blocks] == times
 
 
+def test_candidates_of_templates_and_of_a_model_can_stand_in_one_row(
+    tmp_path, targets, toy_model, monkeypatch
+):
+    """The library holds both truths, and the toy model writes noise: what is first is the template's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    both = {"name": "both", "pooled": ["template", "toy"]}
+    makers = [
+        {"name": "toy", "model": str(toy_model)},
+        {"name": "template", "engine": "template", "library": [str(targets)]},
+        both,
+    ]
+    rows = run_benchmark(recipe_of(targets, *makers), tmp_path / "out", processes=1)
+    assert [row.name for row in rows] == ["toy", "template", "both"]
+    assert rows[2].scores["kit.match_rate@1"].numerator == rows[1].scores["kit.match_rate@1"].numerator == 2
+    for wrong in (["toy", "template"], ["template"], ["template", "nobody"]):
+        with pytest.raises(RecipeError, match="pooled"):
+            recipe_of(targets, *makers[:2], {**both, "pooled": wrong})
+
+
 def test_a_target_that_cannot_be_asked_for_counts_as_missed_and_the_row_says_so(tmp_path, targets, toy_model):
     long = Crystal("long", ROCK_SALT * (4, 4, 4))  # 512 atoms: more than the model writes
     write([*(Crystal(f"target-{i}", truth) for i, truth in enumerate(TRUTHS)), long], targets)
