@@ -47,8 +47,8 @@ class Generator:
         engine: "transformers" or another of ENGINES; "template": no model, nearest known prototypes.
         library: Crystal files that the template engine takes its prototypes from.
         samples: A file of crystals made elsewhere, in the order of the targets, n a target; nothing is drawn.
-        pooled: Names of two generators before it, a template engine's first: the candidates of both, in the order
-            of scores/pooled.py; nothing is drawn.
+        pooled: Names of two generators before it, a template engine's first: the candidates of both in one
+            order (scores/pooled.py); nothing is drawn.
         drawn: Candidates drawn for each target; None: as many as are looked at. Rankings choose among them.
         orders: A row of the table each.
         about: Training data and settings: printed with the row.
