@@ -25,7 +25,8 @@ from pymatgen.core import Structure
 from crystallm_kit.records import Sample
 from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, Reduced, fit, reduce_many
 
-# Weight of the templates' share, chosen on the first 300 of mp_val, composition given: of 0.5, 0.6, 0.7, 0.8 the best at n = 20.
+# Weight of the templates' share, chosen on the first 300 of mp_val, composition given: of 0.5, 0.6, 0.7, 0.8
+# the best at n = 20.
 _OF_TEMPLATES = 0.7
 
 
