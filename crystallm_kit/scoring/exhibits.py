@@ -134,8 +134,11 @@ def gallery(scene: Scene, *, seed: int = 0) -> list[dict[str, Any]]:
     at = np.array([i for _, i in kinds], dtype=np.int64)
     shown = []
     checks = scene.samples.rows("checks", at)
+    distance = scene.samples.floats("stability", HULL_DISTANCE) if scene.samples.has("stability") else None
     for (kind, i), row, read in zip(kinds, checks, scene.samples.rows("read", at), strict=True):
         measures = {name: row[name] for name in _MEASURES if row[name] is not None}
+        if distance is not None and np.isfinite(distance[i]):
+            measures = {HULL_DISTANCE: round(float(distance[i]), 4), **measures}
         shown.append({
             "id": read["id"], "kind": kind, "reason": reasons[i],
             "detail": read["detail"] or row["trouble"] or row["detail"] or "", "formula": row["formula"],
@@ -147,7 +150,7 @@ def gallery(scene: Scene, *, seed: int = 0) -> list[dict[str, Any]]:
 def _merit(scene: Scene) -> Floats:
     """Return what is lower for better samples: hull distance, else improbability, else low symmetry."""
     if scene.samples.has("stability"):
-        distance = scene.samples.floats("stability", "hull_distance_ev_per_atom")
+        distance = scene.samples.floats("stability", HULL_DISTANCE)
         return np.where(np.isfinite(distance), distance, np.inf)
     said = [json.loads(text) if text else {} for text in scene.samples.texts("read", "properties")]
     likely = np.array([one.get("log_probability") or np.nan for one in said], dtype=np.float64)

@@ -287,6 +287,11 @@ def test_stability_comes_with_the_judges_error_and_names_what_the_hull_lacks(tmp
     assert abs(rows[0]["hull_distance_ev_per_atom"]) < 0.1
     assert rows[2]["hull_distance_ev_per_atom"] is None
     assert rows[2]["relaxed"]
+    told = {card["id"]: card["measures"] for card in report["sets"][0]["gallery"]}
+    assert told["s0"]["hull_distance_ev_per_atom"] == pytest.approx(
+        rows[0]["hull_distance_ev_per_atom"], abs=1e-4
+    )
+    assert "hull_distance_ev_per_atom" not in told["s2"]
 
 
 def test_stability_needs_a_hull(tmp_path, generated):
