@@ -19,8 +19,6 @@ from crystallm_kit.engines.engine import Prompt, Sampling
 from crystallm_kit.errors import CrystallmKitError
 from crystallm_kit.records import Completion
 
-OWNER = "crystallm-kit"  # who /v1/models says a model is of: how a server of ours is told from vLLM's
-
 
 class BackendError(CrystallmKitError):
     """What makes the tokens failed in the middle of a request; the same request may work again (HTTP 502)."""

@@ -24,7 +24,7 @@ from fastapi import APIRouter, Request, Response
 
 from crystallm_kit.records import Completion
 from crystallm_kit.server.asks import Job, completion_job, merged
-from crystallm_kit.server.backend import OWNER, BackendError, Piece, Token
+from crystallm_kit.server.backend import BackendError, Piece, Token
 from crystallm_kit.server.failures import Refusal, unknown_model
 from crystallm_kit.server.shapes import (
     CompletionAnswer,
@@ -73,7 +73,7 @@ def _card(name: str, state: ServerState) -> dict[str, Any]:
         "id": name,
         "object": "model",
         "created": STARTED,
-        "owned_by": OWNER,
+        "owned_by": "crystallm-kit",
         "parent": None if name == base else base,
         "max_model_len": state.backend.max_positions,
     }

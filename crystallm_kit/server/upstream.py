@@ -26,7 +26,7 @@ import httpx
 
 from crystallm_kit.errors import UnknownName, UserError
 from crystallm_kit.records import Completion
-from crystallm_kit.server.backend import OWNER, Ask, BackendError, NotReady, Piece
+from crystallm_kit.server.backend import Ask, BackendError, NotReady, Piece
 from crystallm_kit.server.vllm_wire import (
     TEXT_ROUTE,
     TOKENS_ROUTE,
@@ -436,11 +436,6 @@ class UpstreamBackend:
         if listed.status_code != 200:
             raise ValueError(f"/v1/models answered {listed.status_code}")
         cards = listed.json()["data"]
-        if any(card.get("owned_by") == OWNER for card in cards):
-            raise ValueError(
-                "a crystallm-kit server, where a vLLM server is expected: send requests to it, "
-                "or name the vLLM servers behind it"
-            )
         server.models = frozenset(str(card["id"]) for card in cards)
         roots = [card for card in cards if not card.get("parent")]
         server.root = str(roots[0]["id"]) if roots else ""

@@ -318,14 +318,6 @@ def test_without_a_healthy_server_nothing_is_ready(stand_ins, wire):
     asyncio.run(story())
 
 
-def test_a_server_of_ours_is_no_upstream_and_the_message_says_what_to_do(live_server, wire):
-    async def story():
-        with pytest.raises(NotReady, match="a crystallm-kit server, where a vLLM server is expected"):
-            await UpstreamBackend([live_server.url], wire, model_name="toy", start_seconds=2.0).start()
-
-    asyncio.run(story())
-
-
 def test_a_front_that_does_not_wait_is_ready_once_a_server_is(stand_ins, wire):
     async def story():
         port = free_ports(1)[0]
