@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from crystallm_kit.scores.funnel import STAGES as GATES
 from crystallm_kit.scores.funnel import stage_of
@@ -185,32 +184,21 @@ def parities(scene: Scene) -> list[dict[str, Any]]:
 def _relaxation_parity(scene: Scene) -> dict[str, Any] | None:
     if scene.relaxation is None:
         return None
-    before = scene.samples.floats("stability", "submitted_hull_distance_ev_per_atom")
-    after = scene.samples.floats("stability", HULL_DISTANCE)
-    at = np.flatnonzero(np.isfinite(before) & np.isfinite(after))[:_MOST_POINTS]
-    if not len(at):
-        return None
-    return {
-        "title": "Hull distance as submitted and relaxed", "x_label": "as submitted", "y_label": "relaxed",
-        "unit": "eV/atom", "x": before[at].round(4).tolist(), "y": after[at].round(4).tolist(),
-    }  # fmt: skip
+    before = scene.samples.floats("stability", "submitted_hull_distance_ev_per_atom").round(4)
+    after = scene.samples.floats("stability", HULL_DISTANCE).round(4)
+    return _parity(
+        "Hull distance as submitted and relaxed", ("as submitted", before), ("relaxed", after), "eV/atom"
+    )
 
 
 def _density_parity(scene: Scene) -> dict[str, Any] | None:
-    asked: list[float] = []
-    found: list[float] = []
-    density: NDArray[np.float64] = scene.samples.floats("checks", "density_g_cm3")
+    asked = np.full(scene.n, np.nan)
     for i, text in enumerate(scene.samples.texts("read", "conditions")):
         wanted = (json.loads(text).get("properties") or {}).get("density_g_cm3") if text else None
-        if wanted and wanted.get("low") == wanted.get("high") is not None and np.isfinite(density[i]):
-            asked.append(float(wanted["low"]))
-            found.append(float(density[i]))
-    if not asked:
-        return None
-    return {
-        "title": "Density asked for and found", "x_label": "asked for", "y_label": "found",
-        "unit": "g/cm3", "x": asked[:_MOST_POINTS], "y": found[:_MOST_POINTS],
-    }  # fmt: skip
+        if wanted and wanted.get("low") == wanted.get("high") is not None:
+            asked[i] = float(wanted["low"])
+    density = scene.samples.floats("checks", "density_g_cm3")
+    return _parity("Density asked for and found", ("asked for", asked), ("found", density), "g/cm3")
 
 
 def _target_parity(scene: Scene) -> dict[str, Any] | None:
@@ -219,15 +207,20 @@ def _target_parity(scene: Scene) -> dict[str, Any] | None:
         return None
     column = "volume_per_atom_angstrom3"
     first = np.flatnonzero(scene.pairs.candidate == 0)
-    theirs = scene.targets.floats("checks", column)[scene.pairs.target[first]]
-    ours = scene.samples.floats("checks", column)[first]
-    at = np.flatnonzero(np.isfinite(theirs) & np.isfinite(ours))[:_MOST_POINTS]
+    theirs = scene.targets.floats("checks", column)[scene.pairs.target[first]].round(3)
+    ours = scene.samples.floats("checks", column)[first].round(3)
+    title = "Volume per atom of targets and of their first candidates"
+    return _parity(title, ("target", theirs), ("first candidate", ours), "angstrom^3")
+
+
+def _parity(title: str, x: tuple[str, Floats], y: tuple[str, Floats], unit: str) -> dict[str, Any] | None:
+    """Return a plot of the pairs that are numbers; each axis is its label and values. None without a pair."""
+    at = np.flatnonzero(np.isfinite(x[1]) & np.isfinite(y[1]))[:_MOST_POINTS]
     if not len(at):
         return None
     return {
-        "title": "Volume per atom of targets and of their first candidates", "x_label": "target",
-        "y_label": "first candidate", "unit": "angstrom^3", "x": theirs[at].round(3).tolist(),
-        "y": ours[at].round(3).tolist(),
+        "title": title, "x_label": x[0], "y_label": y[0], "unit": unit, "x": x[1][at].tolist(),
+        "y": y[1][at].tolist(),
     }  # fmt: skip
 
 
