@@ -265,6 +265,31 @@ def test_conditions_that_are_missed_count_as_misses(tmp_path):
     assert report["sets"][0]["reasons"] == {"formula_mismatch": 1, "truncated": 1, "duplicate": 1}
 
 
+def test_a_density_that_was_asked_for_stands_beside_the_one_that_came(tmp_path):
+    """An interval is no value, and what could not be read has no density."""
+    salt = rocksalt("Na", "Cl")
+    exactly, between = ({"properties": {"density_g_cm3": {"low": 2.0, "high": high}}} for high in (2.0, 3.0))
+    lines = [
+        {"id": "a", "cif": salt.to(fmt="cif"), "conditions": exactly},
+        {"id": "b", "cif": salt.to(fmt="cif"), "conditions": between},
+        {
+            "id": "c",
+            "text": "Na1",
+            "formula": None,
+            "reason": "truncated",
+            "detail": "",
+            "conditions": exactly,
+        },
+    ]
+    path = tmp_path / "samples.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    score(path, out=tmp_path / "out")
+    (plot,) = json.loads((tmp_path / "out" / "report.json").read_text())["sets"][0]["parity"]
+    assert plot["title"] == "Density asked for and found"
+    assert plot["x"] == [2.0]
+    assert plot["y"] == pytest.approx([float(salt.density)], rel=1e-6)
+
+
 @pytest.mark.slow
 def test_stability_comes_with_the_judges_error_and_names_what_the_hull_lacks(tmp_path):
     pytest.importorskip("chgnet")
