@@ -5,7 +5,7 @@
     async for position, completion in backend.completions(asks): ...
 
 A request goes to the server that has the fewest completions of ours to draw. One that fails is left out until
-it answers /health again: what it was doing gets a BackendError, what it had not taken yet goes to another
+it makes a token again: what it was doing gets a BackendError, what it had not taken yet goes to another
 server. A client that goes away closes the connection, and vLLM aborts what it was drawing.
 
 A server that knows none of our names is asked by the name of its only model; adapters are asked for by name,
@@ -440,6 +440,11 @@ class UpstreamBackend:
         roots = [card for card in cards if not card.get("parent")]
         server.root = str(roots[0]["id"]) if roots else ""
         server.adapters = tuple(str(card["id"]) for card in cards if card.get("parent"))
+        # a server whose engine has just died says that it is well for a moment, but makes no token
+        one_token = {"model": server.root, "prompt": [1], "max_tokens": 1}
+        probe = await client.post(server.url + TEXT_ROUTE, json=one_token, timeout=30.0)
+        if probe.status_code >= 500:
+            raise ValueError(f"asked for one token, it answered {probe.status_code}")
         # an empty request is wrong (400 or 422) where the route is there, unknown (404) where it is not
         probe = await client.post(server.url + TOKENS_ROUTE, json={}, timeout=10.0)
         server.takes_tokens = probe.status_code in (400, 422)

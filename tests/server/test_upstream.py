@@ -318,6 +318,17 @@ def test_without_a_healthy_server_nothing_is_ready(stand_ins, wire):
     asyncio.run(story())
 
 
+def test_a_server_that_only_says_that_it_is_well_is_not(stand_ins, wire, monkeypatch):
+    monkeypatch.setenv("STAND_IN_START", "barren")
+    url = stand_ins.start()
+
+    async def story():
+        with pytest.raises(NotReady, match="asked for one token, it answered 500"):
+            await UpstreamBackend([url], wire, model_name="toy", start_seconds=1.0).start()
+
+    asyncio.run(story())
+
+
 def test_a_front_that_does_not_wait_is_ready_once_a_server_is(stand_ins, wire):
     async def story():
         port = free_ports(1)[0]

@@ -3,7 +3,8 @@
     python vllm_stand_in.py --port 8001 --served-model-name toy [--lora-modules a=DIR ...] [--no-tokens-route]
 
 Token number t of a completion with seed s is 2 + (7 s + t) % 40, ten tokens and the end token 1. What is in
-the environment makes it misbehave at the start: STAND_IN_START=die|hang|deaf (deaf: alive, never healthy).
+the environment makes it misbehave at the start: STAND_IN_START=die|hang|deaf|barren (deaf: alive, never
+healthy; barren: healthy by its own words, but every token asked for gets a 500).
 While it runs, the prompt's second token id does: 101 dies, 102 never answers, 103 answers 500, 104 is slow
 (0.05 s a token), 105 says 400, 106 dies within a stream. GET /seen gives what it was asked and how many
 requests were given up.
@@ -82,6 +83,12 @@ async def answer(reader, writer, options, path, body, key) -> None:
     xargs = asked.get("vllm_xargs") or {}
     if xargs.get("crystal") == "?":
         send(writer, 200 if options.without_constraint else 400, {"error": {"message": "crystal: no JSON"}})
+        return
+    if os.environ.get("STAND_IN_START") == "barren":
+        send(writer, 500, {"error": {"message": "EngineCore encountered an issue."}})
+        return
+    if ids == [1] and sampling.get("max_tokens") == 1:  # is a token made?
+        send(writer, 200, {"model": asked["model"], "choices": [{"index": 0, "text": ""}]})
         return
     SEEN["requests"].append(asked | {"path": path})
     SEEN["running"] += 1
