@@ -27,7 +27,8 @@ RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 HOMES = {
     "torch": (
         "models/", "training/", "engines/transformers_local.py", "engines/cache.py", "engines/stopping.py",
-        "engines/continuous.py", "engines/slots.py", "engines/slot_attention.py", "engines/drawing.py",
+        "engines/continuous.py", "engines/slots.py", "engines/recording.py", "engines/slot_attention.py",
+        "engines/drawing.py",
         "engines/vllm",
         "tokens/tokenizer.py", "tokens/masking.py", "structures/tensors.py", "structures/relaxation.py",
         "server/speed.py",
@@ -68,6 +69,7 @@ AT_THE_TOP = (
     "engines/stopping.py",
     "engines/continuous.py",
     "engines/slots.py",
+    "engines/recording.py",
     "engines/slot_attention.py",
     "engines/drawing.py",
     "engines/vllm",

@@ -29,6 +29,7 @@ import torch
 from crystallm_kit.engines.cache import cache_argument, growing_cache
 from crystallm_kit.engines.drawing import draw, uniform_numbers
 from crystallm_kit.engines.engine import Sampling
+from crystallm_kit.engines.recording import record
 from crystallm_kit.tokens.masking import WyckoffConstraint
 from crystallm_kit.tokens.requests import Request
 
@@ -308,20 +309,11 @@ class Slots:
         self._graphs[key].replay()
 
     def _record(self, n: int, n_tokens: int, cuts: bool, top: bool) -> Any:
-        """Return a CUDA graph of the step. What the trial runs change is put back."""
-        kept = [tensor.clone() for tensor in self._changing()]
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries set themselves up on the first call
-            for _ in range(2):
-                self._compute(n, n_tokens, cuts, top)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._compute(n, n_tokens, cuts, top)
+        """Return a CUDA graph of the step."""
+        graph = record(
+            lambda: self._compute(n, n_tokens, cuts, top), changes=self._changing(), pool=self._pool
+        )
         self._pool = graph.pool()
-        for tensor, before in zip(self._changing(), kept, strict=True):
-            tensor.copy_(before)
         return graph
 
     def _changing(self) -> list[torch.Tensor]:

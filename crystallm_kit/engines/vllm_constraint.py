@@ -12,10 +12,10 @@ stay as they are, bit for bit. Of the others
 vLLM runs processors before it divides by the temperature. With `--logprobs-mode processed_logits` it returns
 log p / temperature for a row of ours: log p where the temperature is 0, as it may be where the kit draws.
 
-A step costs a few dozen small operations on the device for the whole batch and one copy to it; no result is
-waited for. The tokens come from vLLM's own lists, which grow only by tokens that count: a prompt that is read
-in pieces, or a request that was put aside and comes back (its tokens are then replayed) need no case of their
-own.
+A step is one copy to the device and some four hundred small operations there for the whole batch, which are
+recorded once on a GPU and then asked for as one; no result is waited for. The tokens come from vLLM's own
+lists, which grow only by tokens that count: a prompt that is read in pieces, or a request that was put aside
+and comes back (its tokens are then replayed) need no case of their own.
 
 Not here: the masks (tokens/masking.py). Seen with vLLM 0.26.0 and 0.32.0; its second interface (V2) differs.
 """
@@ -33,6 +33,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from crystallm_kit.engines.drawing import draw, uniform_numbers
+from crystallm_kit.engines.recording import record
 from crystallm_kit.engines.vllm_arguments import (
     Arguments,
     ServedModel,
@@ -105,6 +106,11 @@ class CrystalConstraint(LogitsProcessor):  # type: ignore[misc]
         self._constraint: WyckoffConstraint | None = None
         self._occupied: set[int] = set()
         self._broken_B = torch.zeros(self._n_slots, dtype=torch.bool, device=self._device)
+        # what a step reads and leaves: tensors that stay where they are, as a recorded step needs it
+        self._token_B = torch.full((self._n_slots,), -1, dtype=torch.long, device=self._device)
+        self._mask_BV = torch.ones((self._n_slots, self._n_tokens), dtype=torch.bool, device=self._device)
+        self._in_numbers_B = torch.zeros_like(self._broken_B)
+        self._recorded: tuple[tuple[bool, int], Any] | None = None  # (what it was recorded for, the graph)
         self._columns_V = torch.arange(self._n_tokens, device=self._device)
         self._checks = False  # whether a request's text was ever given, so that it may not fit the request
         # what `_catch_up` asks of each slot; only slots whose request changes are written anew
@@ -142,8 +148,7 @@ class CrystalConstraint(LogitsProcessor):  # type: ignore[misc]
         in_numbers_R: torch.Tensor | None = None
         chosen_R: torch.Tensor | None = None
         if self._constraint is not None and self._occupied:
-            mask_RV = self._constraint.mask()[:size]
-            in_numbers_R = self._constraint.in_numbers[:size]
+            mask_RV, in_numbers_R = self._mask_BV[:size], self._in_numbers_B[:size]
             logits.masked_fill_(~mask_RV, -torch.inf)
             if forced_B is not None:
                 given_R = forced_B[:size].clamp(max=self._n_tokens - 1)
@@ -275,9 +280,12 @@ class CrystalConstraint(LogitsProcessor):  # type: ignore[misc]
         is_new_text = bool((self._n_read_B < self._n_given_B).any())
         self._n_read_B += lag_B
         on_device = self._sent(sent)
-        if self._constraint is not None:
-            for tokens_B in on_device[:n_steps].long():
+        if self._constraint is not None and self._occupied:
+            to_read = list(on_device[:n_steps].long().unbind())
+            newest_B = None if is_new_text or not to_read else to_read.pop()
+            for tokens_B in to_read:
                 self._read(self._constraint, tokens_B, is_new_text)
+            self._go_on(self._constraint, newest_B)
         return (
             on_device[n_steps].long() if begins else None,
             on_device[n_steps + 1].view(torch.float32) if self._uniform else None,
@@ -289,9 +297,31 @@ class CrystalConstraint(LogitsProcessor):  # type: ignore[misc]
         tokens_B = tokens_B.clamp(min=0, max=self._n_tokens - 1)
         if is_new_text:
             self._broken_B |= moves_B & ~constraint.mask().gather(1, tokens_B[:, None]).squeeze(1)
-        if self._checks:
-            moves_B &= ~self._broken_B
-        constraint.advance(tokens_B, moves_B)
+        constraint.advance(tokens_B, moves_B & ~self._broken_B)
+
+    def _go_on(self, constraint: WyckoffConstraint, newest_B: torch.Tensor | None) -> None:
+        """Read the newest token of each row, None: of no row, and find the masks of the next.
+
+        This is what almost every step does, so on a GPU it is recorded; anew when a request is the first with
+        groups to watch, or has more plans than any before.
+        """
+        if newest_B is None:
+            self._token_B.fill_(-1)
+        else:
+            self._token_B.copy_(newest_B)
+
+        def compute() -> None:
+            self._read(constraint, self._token_B, is_new_text=False)
+            self._mask_BV.copy_(constraint.mask())
+            self._in_numbers_B.copy_(constraint.in_numbers)
+
+        if self._device.type != "cuda":
+            compute()
+            return
+        now = (constraint.tracks, constraint.plans.shape[1])
+        if self._recorded is None or self._recorded[0] != now:
+            self._recorded = (now, record(compute, changes=constraint.changing()))
+        self._recorded[1].replay()
 
     def _start_again(self, lag_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Forget what the rows have read of which tokens were taken back; return how much they lag now."""

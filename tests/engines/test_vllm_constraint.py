@@ -1,7 +1,7 @@
 """The processor as vLLM drives it: requests come, go, move, wait and return; masks follow each of them.
 
 Its inputs are vLLM's own records of what changed in the batch; each row is held against a constraint of its
-own that reads the same tokens.
+own that reads the same tokens. Where there is a GPU (`-m gpu`), its steps are recorded ones.
 """
 
 from types import SimpleNamespace
@@ -30,19 +30,28 @@ REQUESTS = [
 ID = {token: i for i, token in enumerate(TOKENS)}
 
 
-def processor() -> CrystalConstraint:
+@pytest.fixture(autouse=True, params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def _device(request, monkeypatch):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device here")
+    monkeypatch.setattr(Batch, "device", torch.device(request.param))
+
+
+def processor(device: torch.device) -> CrystalConstraint:
     config = SimpleNamespace(
         scheduler_config=SimpleNamespace(max_num_seqs=SLOTS),
         model_config=SimpleNamespace(get_vocab_size=lambda: WIDTH),
     )
-    return CrystalConstraint(config, torch.device("cpu"), False)
+    return CrystalConstraint(config, device, device.type == "cuda")
 
 
 class Batch:
     """A batch as vLLM keeps it: rows of (params, prompt ids, output ids)."""
 
+    device = torch.device("cpu")
+
     def __init__(self) -> None:
-        self.processor = processor()
+        self.processor = processor(self.device)
         self.rows: list[tuple[SamplingParams, list[int], list[int]]] = []
         self.generator = torch.Generator().manual_seed(0)
 
@@ -60,10 +69,13 @@ class Batch:
     def logits(self) -> torch.Tensor:
         return torch.randn(len(self.rows), WIDTH, generator=self.generator)
 
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return self.processor.apply(logits.to(self.device, copy=True)).cpu()
+
     def step(self, *, grows=None) -> tuple[torch.Tensor, torch.Tensor]:
         """Apply, and append the most likely token to the rows that grow; return logits before and after."""
         before = self.logits()
-        after = self.processor.apply(before.clone())
+        after = self.apply(before)
         for row, (_, _, output) in enumerate(self.rows):
             if grows is None or row in grows:
                 output.append(int(after[row].argmax()))
@@ -101,7 +113,7 @@ def test_rows_without_arguments_stay_bit_for_bit():
 def test_a_batch_without_arguments_of_ours_is_returned_as_it_came():
     batch = Batch()
     batch.add(None)
-    logits = batch.logits()
+    logits = batch.logits().to(batch.device)
     assert batch.processor.apply(logits) is logits
 
 
@@ -118,6 +130,23 @@ def test_every_row_gets_its_own_mask_and_log_probabilities():
             assert torch.allclose(after[i], torch.log_softmax(kept, -1))
 
 
+def test_requests_with_more_plans_and_with_groups_to_watch_come_to_a_batch_under_way():
+    batch = Batch()
+    many_plans = compile_request(Conditions(anonymous_formula="AB2C4"), max_sites=28)
+    in_group = compile_request(
+        Conditions(formula={"Sr": 1, "Ti": 1, "O": 3}, spacegroup_number=221), max_sites=12
+    )
+    requests = [REQUESTS[3], REQUESTS[0], many_plans, in_group]
+    assert max(len(r.plans) for r in requests[:2]) < max(len(r.plans) for r in requests[2:])
+    for request in requests:
+        batch.add({"crystal": request_to_json(request)})
+        for _ in range(5):
+            read = [list(output) for *_, output in batch.rows]
+            _, after = batch.step()
+            for row, tokens in enumerate(read):
+                assert_masked(after[row], requests[row], tokens)
+
+
 def test_rows_that_move_swap_and_leave_keep_their_state():
     batch = Batch()
     for i in range(4):
@@ -130,7 +159,7 @@ def test_rows_that_move_swap_and_leave_keep_their_state():
     requests = [REQUESTS[3], REQUESTS[1], REQUESTS[2], REQUESTS[0]]
     for row in range(4):
         read = list(rows[row][2])
-        assert_masked(batch.processor.apply(batch.logits())[row], requests[row], read)
+        assert_masked(batch.apply(batch.logits())[row], requests[row], read)
 
 
 def test_a_hole_is_filled_by_the_last_row_or_by_a_new_request():
@@ -181,9 +210,9 @@ def test_a_token_that_is_still_on_its_way_is_read_when_it_is_there():
     output = batch.rows[0][2]
     token = output[-1]
     output[-1] = -1
-    assert_masked(batch.processor.apply(batch.logits())[0], REQUESTS[1], [])
+    assert_masked(batch.apply(batch.logits())[0], REQUESTS[1], [])
     output[-1] = token
-    assert_masked(batch.processor.apply(batch.logits())[0], REQUESTS[1], [token])
+    assert_masked(batch.apply(batch.logits())[0], REQUESTS[1], [token])
 
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 9])
