@@ -282,10 +282,10 @@ class CrystalConstraint(LogitsProcessor):  # type: ignore[misc]
         on_device = self._sent(sent)
         if self._constraint is not None and self._occupied:
             to_read = list(on_device[:n_steps].long().unbind())
-            newest_B = None if is_new_text or not to_read else to_read.pop()
+            last_B = None if is_new_text or not to_read else to_read.pop()
             for tokens_B in to_read:
                 self._read(self._constraint, tokens_B, is_new_text)
-            self._go_on(self._constraint, newest_B)
+            self._go_on(self._constraint, last_B)
         return (
             on_device[n_steps].long() if begins else None,
             on_device[n_steps + 1].view(torch.float32) if self._uniform else None,
