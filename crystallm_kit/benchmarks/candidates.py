@@ -5,21 +5,24 @@
 
 A block is a number of targets with all their candidates. Each block has a seed of its own, made of the run's
 and the block's number, so its samples do not depend on what was drawn before it, nor in which run. A file
-appears whole or not at all; a block whose file is there is not drawn again.
+appears whole or not at all; a block whose file is there is not drawn again. Several processes may draw into
+one folder, say one for each GPU: a block that one of them is at is left to it, and is free again if it dies.
 
 Not here: what is asked (recipe.py), what matches (scores/matching.py), what order candidates stand in
 (generation.ranked).
 """
 
+import contextlib
 import gzip
 import json
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from pymatgen.core import Structure
 
 from crystallm_kit.benchmark import composition_of
@@ -34,6 +37,7 @@ from crystallm_kit.text.representation import Representation
 
 GIVEN = ("composition", "spacegroup")  # what a target tells the generator
 _SYMPREC_ANGSTROM = 0.1
+_LOOK_AGAIN_SECONDS = 0.5  # where all that is left is with other processes
 
 
 @dataclass(frozen=True)
@@ -109,23 +113,53 @@ def draw_candidates(
     if n_drawn < 1:
         raise UserError(f"{n_drawn} candidates a target: 1 or more expected")
     folder.mkdir(parents=True, exist_ok=True)
-    for block, start in enumerate(range(0, len(asked), targets_per_block)):
-        some = asked[start : start + targets_per_block]
-        path = folder / f"block-{block:05d}.jsonl.gz"
-        if not path.exists():
-            refused = {a.target: why for a in some if (why := _why_not(a.conditions, model))}
-            asked_for = [a for a in some if a.target not in refused]
-            requests = [a.conditions for a in asked_for]
-            found = candidates(requests, n_drawn, seed=new_seed(seed, block), model=model, redraws=redraws)
-            lines = ({"target": target, "refused": why} for target, why in refused.items())
-            drawn = (
-                {"target": a.target, **sample_to_dict(sample)}
-                for a, samples in zip(asked_for, found, strict=True)
-                for sample in samples
-            )
-            _write(path, chain(lines, drawn))
-        if say is not None:
-            say(start + len(some), len(asked))
+    blocks = [asked[i : i + targets_per_block] for i in range(0, len(asked), targets_per_block)]
+    paths = [folder / f"block-{block:05d}.jsonl.gz" for block in range(len(blocks))]
+    while missing := [block for block, path in enumerate(paths) if not path.exists()]:
+        n_left_to_others = 0
+        for block in missing:
+            with _held(paths[block].with_suffix(".lock")) as is_ours:
+                n_left_to_others += not is_ours
+                if not is_ours or paths[block].exists():
+                    continue
+                _write(paths[block], _lines(blocks[block], model, n_drawn, new_seed(seed, block), redraws))
+            if say is not None:
+                done = sum(len(some) for some, path in zip(blocks, paths, strict=True) if path.exists())
+                say(done, len(asked))
+        if n_left_to_others == len(missing):
+            time.sleep(_LOOK_AGAIN_SECONDS)
+
+
+def _lines(
+    asked: Sequence[Asked], model: Model, n_drawn: int, seed: int, redraws: int
+) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a block."""
+    refused = {a.target: why for a in asked if (why := _why_not(a.conditions, model))}
+    yield from ({"target": target, "refused": why} for target, why in refused.items())
+    asked_for = [a for a in asked if a.target not in refused]
+    found = candidates([a.conditions for a in asked_for], n_drawn, seed=seed, model=model, redraws=redraws)
+    for one, samples in zip(asked_for, found, strict=True):
+        for sample in samples:
+            yield {"target": one.target, **sample_to_dict(sample)}
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[bool]:
+    """Hold a lock while in here, if no other process has it; give whether it is ours.
+
+    The file goes with the lock: whoever gets the lock afterwards, of that file or of a new one, has to look
+    first whether the work is done.
+    """
+    try:
+        held = FileLock(path).acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    with held:
+        try:
+            yield True
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _why_not(conditions: Conditions, model: Model) -> str:

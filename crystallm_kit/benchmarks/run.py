@@ -1,5 +1,7 @@
 """A benchmark from its recipe to its table: draw, score, write; killed, the same command goes on.
 
+Given several times at once, the command draws in as many processes, say one for each GPU; one of them scores.
+
     out/
       settings.json       the recipe that the folder is of; another one is refused
       1-name/samples/     what the first generator drew, block by block
@@ -11,6 +13,7 @@ Not here: the verb's options (cli.py).
 """
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +23,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from pymatgen.core import Structure
 
 from crystallm_kit.benchmarks.candidates import Asked, asked_of, candidates_of, draw_candidates
@@ -117,24 +121,34 @@ def _rows_of(
     processes: int | None, batch_size: int, say: Say,
 ) -> list[OwnRow]:  # fmt: skip
     """Return the rows of one generator, from its file where they are there."""
-    kept = folder / "scores.json"
-    if kept.exists():
-        return [_own_row(row) for row in json.loads(kept.read_text(encoding="utf-8"))["rows"]]
-    truths = [t.structure for t in targets if isinstance(t.structure, Structure)]
-    rows = []
-    for one in _predictions(recipe, generator, folder, targets, batch_size, say):
-        say(f"{one.name}: matching {len(truths):,} targets")
-        scores = prediction_scores(one, truths, recipe.k, processes=processes)
-        rows.append(OwnRow(one.name, scores, one.about))
     folder.mkdir(parents=True, exist_ok=True)
-    _write(kept, json.dumps(as_json(generator.name, rows, []), indent=1, ensure_ascii=False))
+    kept = folder / "scores.json"
+    if not kept.exists() and not generator.pooled and generator.samples is None:
+        _draw(
+            recipe, generator, _asked(recipe, targets), _model(generator, batch_size), folder,
+            generator.drawn or max(recipe.k), say,
+        )  # fmt: skip
+    with FileLock(folder / ".scoring.lock"):  # of several processes that drew together, one scores
+        if kept.exists():
+            return [_own_row(row) for row in json.loads(kept.read_text(encoding="utf-8"))["rows"]]
+        truths = [t.structure for t in targets if isinstance(t.structure, Structure)]
+        rows = []
+        for one in _predictions(recipe, generator, folder, targets):
+            say(f"{one.name}: matching {len(truths):,} targets")
+            scores = prediction_scores(one, truths, recipe.k, processes=processes)
+            rows.append(OwnRow(one.name, scores, one.about))
+        _write(kept, json.dumps(as_json(generator.name, rows, []), indent=1, ensure_ascii=False))
     return rows
 
 
+def _asked(recipe: BenchmarkRecipe, targets: Sequence[Crystal]) -> list[Asked]:
+    return [asked_of(target, recipe.given) for target in targets]
+
+
 def _predictions(
-    recipe: BenchmarkRecipe, generator: Generator, folder: Path, targets: list[Crystal], batch_size: int,
-    say: Say,
-) -> Iterator[Prediction]:  # fmt: skip
+    recipe: BenchmarkRecipe, generator: Generator, folder: Path, targets: list[Crystal]
+) -> Iterator[Prediction]:
+    """Yield the rows of one generator, whose samples are there."""
     k = max(recipe.k)
     if generator.pooled:
         rows = _pooled(recipe, generator, folder.parent, targets, k)
@@ -146,10 +160,8 @@ def _predictions(
             generator.name, candidates_from_file(crystals, targets, k, generator.name), generator.about
         )
         return
-    model = _model(generator, batch_size)
-    asked = [asked_of(target, recipe.given) for target in targets]
-    _draw(recipe, generator, asked, model, folder, generator.drawn or k, say)
-    found = dict(candidates_of(folder / "samples", model.representation))
+    asked = _asked(recipe, targets)
+    found = dict(candidates_of(folder / "samples", _model(generator).representation))
     for order in generator.orders:
         name = generator.name if len(generator.orders) == 1 else f"{generator.name}, {order}"
         rows = [in_order(order, found[one.target], k) for one in asked]
@@ -213,10 +225,11 @@ def _rows_without_targets(
                 samples = _joined(place)
             sets[re.sub(r"[/=]", "-", name).lstrip(".")] = OwnRow(name, {}, generator.about), samples
     say(f"scoring {recipe.n:,} samples of each of {len(sets)} sets")
-    found = score(
-        [f"{name}={path}" for name, (_, path) in sets.items()], reference=recipe.scoring.reference,
-        out=out / "scored", limit=recipe.n, workers=processes, **_scoring_options(recipe),
-    )  # fmt: skip
+    with FileLock(out / ".scoring.lock"):
+        found = score(
+            [f"{name}={path}" for name, (_, path) in sets.items()], reference=recipe.scoring.reference,
+            out=out / "scored", limit=recipe.n, workers=processes, **_scoring_options(recipe),
+        )  # fmt: skip
     return [replace(row, scores={s.name: s for s in found[name]}) for name, (row, _) in sets.items()]
 
 
@@ -234,7 +247,9 @@ def _joined(place: Path) -> Path:
     """Return the blocks as one file: gzip files joined are one."""
     together = place / "samples.jsonl.gz"
     blocks = sorted((place / "samples").glob("*.gz"))
-    together.write_bytes(b"".join(block.read_bytes() for block in blocks))
+    partial = place / f".samples.{os.getpid()}.writing"
+    partial.write_bytes(b"".join(block.read_bytes() for block in blocks))
+    partial.replace(together)
     return together
 
 
@@ -285,6 +300,6 @@ def _hashes(recipe: BenchmarkRecipe) -> dict[str, str]:
 
 
 def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.writing")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.writing")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

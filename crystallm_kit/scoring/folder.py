@@ -19,6 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from crystallm_kit.errors import UserError
 
 SETTINGS = "settings.json"
@@ -67,17 +69,10 @@ def open_folder(out: Path, inputs: Mapping[str, Any], *, fresh: bool = False) ->
 def alone_in(out: Path) -> Iterator[None]:
     """Hold a folder for one run. Raises UserError where another one is at work in it."""
     try:
-        import fcntl
-    except ImportError:  # not POSIX: the caller has to see to it that one run writes
-        yield
-        return
-    with (out / _LOCK).open("a+b") as file:
-        try:
-            fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{out}: another run is at work there; wait for it, or name another --out"
-            ) from error
+        held = FileLock(out / _LOCK).acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(f"{out}: another run is at work there; wait for it, or name another --out") from error
+    with held:
         yield
 
 

@@ -2,8 +2,14 @@
 
 import gzip
 import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from pymatgen.core import Lattice, Molecule, Structure
 
 from crystallm_kit.benchmarks.candidates import Asked, asked_of, candidates_of, draw_candidates
@@ -83,7 +89,51 @@ def test_a_run_that_lost_blocks_draws_the_same_again_and_no_others(model, tmp_pa
     told = []
     assert drawn(model, folder, say=lambda done, of: told.append((done, of))) == first
     assert kept.stat().st_mtime_ns == times
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert told == [(3, 3)]
+
+
+def test_a_block_that_another_process_is_at_is_left_to_it_and_drawn_if_that_dies(model, tmp_path):
+    alone = drawn(model, tmp_path / "alone")
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    told = []
+    with FileLock(folder / "block-00001.jsonl.lock") as held, ThreadPoolExecutor(1) as pool:
+        drawing = pool.submit(drawn, model, folder, say=lambda done, of: told.append((done, of)))
+        for _ in range(600):
+            if len(told) == 2:
+                break
+            time.sleep(0.05)
+        assert told == [(1, 3), (2, 3)]
+        assert [path.name for path in sorted(folder.glob("*.gz"))] == [
+            "block-00000.jsonl.gz", "block-00002.jsonl.gz",
+        ]  # fmt: skip
+        held.release()
+        assert drawing.result(60) == alone
+    assert told[-1] == (3, 3)
+    assert not list(folder.glob("*.lock"))
+
+
+def test_several_processes_draw_one_run_once(model, toy_model, tmp_path):
+    alone = drawn(model, tmp_path / "alone")
+    folder = tmp_path / "samples"
+    here = Path(__file__)
+    code = (
+        f"import sys; sys.path.insert(0, {str(here.parent)!r}); import {here.stem} as t\n"
+        f"from pathlib import Path\n"
+        f"t.drawn(t.load_model({str(toy_model)!r}, batch_size=8), Path({str(folder)!r}),"
+        " say=lambda done, of: print(done, of))"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    told = [process.communicate(timeout=240)[0].split("\n") for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(list(filter(None, told[0] + told[1]))) == len(TARGETS), told
+    texts = [
+        {target: [text for _, text, _ in samples] for target, samples in found.items()}
+        for found in (drawn(model, folder), alone)
+    ]
+    assert texts[0] == texts[1]  # log-probabilities are rounded by the number of threads
 
 
 def test_what_is_read_back_is_what_was_drawn(model, tmp_path):

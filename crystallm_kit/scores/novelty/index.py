@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from pymatgen.core import Composition, Element
 
 from crystallm_kit.errors import ReadError, UserError
@@ -283,17 +284,8 @@ def _writing(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a file's lock, waiting for it; it ends with the process, however that ends.
-
-    POSIX only: elsewhere the caller has to see to it that one process writes.
-    """
-    with path.open("a+b") as file:
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        fcntl.flock(file.fileno(), fcntl.LOCK_EX)
+    """Hold a file's lock, waiting for it; it ends with the process, however that ends."""
+    with FileLock(path):
         yield
 
 
