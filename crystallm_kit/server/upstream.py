@@ -22,6 +22,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import anyio
 import httpx
 
 from crystallm_kit.errors import UnknownName, UserError
@@ -41,6 +42,7 @@ from crystallm_kit.server.vllm_wire import (
 _JSON = {"content-type": "application/json"}
 # vLLM closes a connection that was idle for 5 s; a request sent at that moment would be lost
 _KEEP_ALIVE_SECONDS = 3.0
+_TRIES = 3  # of a request whose connection our own pool closes under it
 _WORTH_A_REQUEST = 8  # completions; fewer are not spread over servers
 _HOP_HEADERS = frozenset(
     ("connection", "keep-alive", "transfer-encoding", "content-length", "server", "date")
@@ -280,7 +282,7 @@ class UpstreamBackend:
         asked = _asked_once(ask)
         async with self._answer(asked, stream=False) as response:
             try:
-                answer = json.loads(await response.aread())
+                answer = json.loads(response.content)
             except ValueError as error:
                 raise BackendError(f"{response.url}: an answer that is no JSON: {error}") from error
         found = self.wire.whole(asked, answer)
@@ -304,7 +306,10 @@ class UpstreamBackend:
 
     @contextlib.asynccontextmanager
     async def _answer(self, ask: Ask, *, stream: bool) -> AsyncIterator[httpx.Response]:
-        """Yield a good response, its body unread; a server that takes no connection is passed over."""
+        """Yield a good response, a stream's with its body unread.
+
+        A server that takes no connection is passed over.
+        """
         tried: set[str] = set()
         while True:
             server = self._pick(ask.prompt.adapter, tried)
@@ -316,7 +321,7 @@ class UpstreamBackend:
             )
             server.n_running += ask.n
             try:
-                response = await self._send(server, path, body)
+                response = await self._send(server, path, body, stream=stream)
                 try:
                     if response.status_code != 200:
                         raise self._refusal(server, response, await response.aread())
@@ -333,17 +338,20 @@ class UpstreamBackend:
             finally:
                 server.n_running -= ask.n
 
-    async def _send(self, server: Server, path: str, body: bytes) -> httpx.Response:
-        """Return the response of a server, its body unread. Raises _Refused, BackendError."""
+    async def _send(self, server: Server, path: str, body: bytes, *, stream: bool = True) -> httpx.Response:
+        """Return a server's response, a stream's with its body unread. Raises _Refused, BackendError."""
         if self._client is None:
             raise NotReady("the server has not started yet")
-        request = self._client.build_request("POST", server.url + path, content=body, headers=_JSON)
-        try:
-            return await self._client.send(request, stream=True)
-        except (httpx.ConnectError, httpx.ConnectTimeout) as error:
-            raise _Refused(f"{type(error).__name__}: {error}") from error
-        except httpx.HTTPError as error:
-            raise self._failed(server, error) from error
+        for tries_left in reversed(range(_TRIES)):
+            request = self._client.build_request("POST", server.url + path, content=body, headers=_JSON)
+            try:
+                return await self._client.send(request, stream=stream)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                raise _Refused(f"{type(error).__name__}: {error}") from error
+            except httpx.HTTPError as error:
+                if not tries_left or not _is_closed_by_us(error):
+                    raise self._failed(server, error) from error
+        raise AssertionError  # pragma: no cover - the last try returns or raises
 
     def _refusal(self, server: Server, response: httpx.Response, body: bytes) -> Exception:
         """Return the error of an answer that is none."""
@@ -484,6 +492,20 @@ class Relayed:
 
 class _Refused(Exception):
     """A server took no connection, so nothing was begun there."""
+
+
+def _is_closed_by_us(error: BaseException) -> bool:
+    """Tell whether a request failed because our own pool closed its connection.
+
+    httpcore (1.0.9) hands an idle connection to a request, and may then find its time out and close it before
+    the request has begun on it. A server that closes or dies is another error.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, anyio.ClosedResourceError):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def _address(url: str) -> str:

@@ -261,6 +261,7 @@ def _environment(vllm: VllmFound, model: Path, kv_cache_gb: float | None, key: s
     found = {
         "VLLM_USE_V2_MODEL_RUNNER": "0",  # 0.32's V2 runner takes no V1 logits processor
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "60",  # s; long after our side has closed an idle connection
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "",
         "HF_HUB_OFFLINE": "1",
         "VLLM_API_KEY": key,

@@ -8,12 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import anyio
 import httpx
 import pytest
 
 from crystallm_kit.engines.engine import Prompt, Sampling
 from crystallm_kit.errors import UnknownName, UserError
 from crystallm_kit.records import Conditions
+from crystallm_kit.server import upstream
 from crystallm_kit.server.backend import Ask, BackendError, NotReady
 from crystallm_kit.server.upstream import UpstreamBackend
 from crystallm_kit.server.vllm_jobs import free_ports
@@ -270,6 +272,52 @@ def test_a_server_that_fails_in_the_middle_is_left_out_until_it_is_back(stand_in
                 stand_ins.kill(failed[0].url)
                 stand_ins.start(port=int(failed[0].url.rpartition(":")[2]))
             await until(lambda: all(s.is_healthy for s in backend.servers))
+
+    asyncio.run(story())
+
+
+@pytest.mark.parametrize("how", ["completions", "pieces", "relay"])
+def test_a_connection_that_our_pool_closed_under_a_request_is_no_failure(stand_ins, wire, monkeypatch, how):
+    send, closed = httpx.AsyncHTTPTransport.handle_async_request, []
+
+    async def closes_the_first(transport, request):
+        if request.method == "POST" and b"370" in request.content and not closed:
+            closed.append(request)
+            try:
+                raise anyio.ClosedResourceError
+            except anyio.ClosedResourceError as error:
+                raise httpx.ReadError("") from error
+        return await send(transport, request)
+
+    monkeypatch.setattr(httpx.AsyncHTTPTransport, "handle_async_request", closes_the_first)
+
+    async def story():
+        async with open_backend([stand_ins.start()], wire) as backend:
+            if how == "completions":
+                assert len(await all_of(backend, [told(0)])) == 1
+            elif how == "pieces":
+                assert [p async for p in backend.pieces(told(0))][-1].completion is not None
+            else:
+                status, _, data = await backend.relay(
+                    "/v1/completions", b'{"prompt": [370], "max_tokens": 5}'
+                )
+                assert (status, await anext(aiter(data)) != b"") == (200, True)
+                await data.aclose()
+            assert closed
+            assert backend.servers[0].is_healthy
+
+    asyncio.run(story())
+
+
+def test_bursts_after_pauses_about_as_long_as_connections_are_kept_lose_nothing(stand_ins, wire, monkeypatch):
+    monkeypatch.setattr(upstream, "_KEEP_ALIVE_SECONDS", 0.3)
+
+    async def story():
+        async with open_backend([stand_ins.start()], wire, per_call=1) as backend:
+            for burst in range(12):
+                asks = [Ask(Prompt(CRYSTAL), Sampling(seed=100 * burst + i), n=1) for i in range(60)]
+                assert len(await all_of(backend, asks)) == 60
+                await asyncio.sleep(0.28 + 0.002 * burst)
 
     asyncio.run(story())
 
