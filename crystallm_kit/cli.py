@@ -295,7 +295,8 @@ def _add_scoring_verbs(verbs: Any) -> None:
     what = score.add_argument_group("what is worked out")
     what.add_argument(
         "--protocol", nargs="+", action="extend", metavar="NAME",
-        help="kit, cdvae, diffcsp, ... (default: all that can be)",
+        help="kit, cdvae, diffcsp, ... (default: all that can be; what takes long only where it is named: "
+        "bonds of crystallm and crystallm_pi, for the latter hashes, 0.03 s a crystal; alloys of mattergen)",
     )  # fmt: skip
     what.add_argument("--limit", type=int, metavar="N", help="look at the first N entries of each set")
     what.add_argument(

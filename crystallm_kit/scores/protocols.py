@@ -87,9 +87,11 @@ PUBLISHED: dict[str, PublishedProtocol] = {
         PublishedProtocol(
             "crystallm_pi", "CrystaLLM-pi",
             "As crystallm, with the geometry's composition against the formula, no edge over 40 A, and a "
-            "bond score of 0 where no bond is counted.",
+            "bond score of 0 where no bond is counted. Of valid crystals with one bonding-graph hash (BAWL) "
+            "that of the lowest hull distance, else volume, is kept; of these the novel are counted.",
             "github.com/C-Bone-UCL/CrystaLLM-pi",
-            f"{_SMACT} (its own pin, 3.0.1, passes 8,273 of DiffCSP's 10,000, not 8,325)",
+            f"{_SMACT} (its own pin, 3.0.1, passes 8,273 of DiffCSP's 10,000, not 8,325); hashes of "
+            "material-hasher",
             ("crystallm", "crystallm_pi_xrd"),
         ),
         PublishedProtocol(
@@ -154,6 +156,8 @@ _METRICS: dict[str, str] = {
     "crystal_text_llm.novelty": "nearest training crystal farther than 0.1 (structure) or 2 (composition)",
     "*.bond_score": "mean share of bonds of plausible length",
     "*.comp_novel": "reduced formula not in the reference",
+    "crystallm_pi.unique": "valid, and the one that is kept of its bonding-graph hash",
+    "crystallm_pi.novel": "of the unique ones, those without a match in the reference",
     "lemat.unique": "valid ones without an equivalent later one",
     "lemat.jsd_*": "Jensen-Shannon distance (natural logarithm) of this distribution from the reference's",
     "lemat.jsd": "mean of the four Jensen-Shannon distances",

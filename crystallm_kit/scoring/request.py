@@ -109,3 +109,7 @@ class Request:
     def counts_bonds(self) -> bool:
         """Tell whether a protocol was named that is nothing without bonds, which take long."""
         return bool({"crystallm", "crystallm_pi"} & set(self.protocols or ()))
+
+    def hashes_graphs(self) -> bool:
+        """Tell whether CrystaLLM-pi was named, which counts by hashes of bonding graphs."""
+        return "crystallm_pi" in (self.protocols or ())

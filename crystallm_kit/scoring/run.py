@@ -168,7 +168,10 @@ class _Runner:
         for one in scored:
             path = self.request.out / "rows" / f"{one.sample_set.name}.parquet"
             scene = one.scene
-            write_rows(scene.samples, path, copies=scene.copies.of, pairs=scene.pairs, targets=targets)
+            copies = dict(scene.copies.of)
+            if scene.same_hash is not None:
+                copies["crystallm_pi"] = scene.same_hash
+            write_rows(scene.samples, path, copies=copies, pairs=scene.pairs, targets=targets)
         report = report_of(
             [(o.scene, [str(s) for s in o.sample_set.sources], o.scores, o.seconds) for o in scored],
             command=command, settings=self.inputs, protocols=self.protocols, notes=self.notes,
@@ -213,6 +216,8 @@ class _Runner:
             asked.append(Asked("fingerprints"))
         if self.request.counts_bonds():
             asked.append(Asked("bonds"))
+        if self.request.hashes_graphs():
+            asked.append(Asked("hashes"))
         view, seconds = self._worked_out(one, home, one.name, asked)
         pairs = None
         if targets is not None:

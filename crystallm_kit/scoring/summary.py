@@ -53,6 +53,7 @@ NO_REFERENCE = "no reference set: give --reference"
 NO_TARGETS = "no targets: give --targets"
 NO_FINGERPRINTS = "no fingerprints: give --fingerprints"
 NO_BONDS = "bonds are counted if this protocol is named with --protocol"
+NO_TEXT = "no sample that could be read came as a CIF, whose text this protocol judges"
 NO_STABILITY = "not relaxed: give --relax and --hull"
 # "csp" is a matcher, whose match rates stand under the protocols that gate them.
 _KNOWN = tuple(name for name in PUBLISHED if name != "csp")
@@ -147,8 +148,7 @@ def _copies(scene: Scene) -> Iterator[Score]:
         known_cells = scene.known("cell_formula")
         valid = scene.check("crystallm.valid")
         yield from crystallm_scores(valid, scene.unique("crystallm"), known_cells)
-        known_formula = scene.samples.truth("known", "known_formula") if scene.samples.has("known") else None
-        yield from crystallm_pi_scores(scene.check("crystallm_pi.valid"), known_formula)
+    yield from _copies_by_hash(scene)
     n = int(scene.readable.sum())
     if n:
         same = scene.known("genmetrics")
@@ -156,6 +156,18 @@ def _copies(scene: Scene) -> Iterator[Score]:
             n, duplicate_pairs=scene.copies.pairs["genmetrics"],
             known=None if same is None else int(same.sum()),
         )  # fmt: skip
+
+
+def _copies_by_hash(scene: Scene) -> Iterator[Score]:
+    same = scene.same_hash
+    why = NO_BONDS if same is None else "" if "crystallm_pi.valid" in scene.checks else NO_TEXT
+    if same is None or why:
+        for name in ("unique", "novel", "comp_novel"):
+            yield not_computed(f"crystallm_pi.{name}", why, better="higher")
+        return
+    hashed = np.array([one is not None for one in scene.samples.texts("hashes", "hash.bawl")])
+    known_formula = scene.samples.truth("known", "known_formula") if scene.samples.has("known") else None
+    yield from crystallm_pi_scores(hashed & (same == -1), scene.known("default"), known_formula)
 
 
 def _mattergen(scene: Scene) -> Iterator[Score]:
