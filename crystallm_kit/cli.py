@@ -286,7 +286,8 @@ def _add_scoring_verbs(verbs: Any) -> None:
     against.add_argument("--targets", metavar="FILE", help="true structures, where the samples predict them")
     against.add_argument(
         "--pairing", default="auto", metavar="WAY",
-        help="how samples pair with targets: id, index, composition (default: the first that fits)",
+        help="how samples pair with targets: id, index, composition (default: the first that fits); none: "
+        "the targets are a test set, only to be covered",
     )  # fmt: skip
     against.add_argument(
         "--requested", action="append", default=[], metavar="N",

@@ -115,7 +115,8 @@ PUBLISHED: dict[str, PublishedProtocol] = {
         PublishedProtocol(
             "genmetrics", "matbench-genmetrics",
             "Distances of distributions, and shares of matches; no crystal is judged. Coverage can exceed 1: "
-            "repeats raise it.",
+            "repeats raise it. Matches are by its matcher (0.3 / 0.5 / 10) or, its default, by fingerprints "
+            "(0.4, and 10 on unscaled compositions): names with \"fingerprint_\".",
             "Baird et al., github.com/sparks-baird/matbench-genmetrics",
             "modified Pettifor numbers of element-coder 0.0.8; spglib at 0.01 A",
         ),
@@ -169,9 +170,9 @@ _METRICS: dict[str, str] = {
     "lemat.diversity_*": "effective number: exp of Shannon's entropy",
     "lemat.hhi_*": "supply concentration of the elements, 0 to 10",
     "genmetrics.validity*": "1 - distance from the reference over a dummy's: symmetry, elements, their mean",
-    "genmetrics.coverage": "generated crystals that match a test crystal, over the test crystals",
-    "genmetrics.novelty": "1 - share of generated crystals that match a training crystal",
-    "genmetrics.uniqueness": "1 - duplicate pairs over all pairs",
+    "genmetrics.*coverage": "generated crystals that match a test crystal, over the test crystals",
+    "genmetrics.*novelty": "1 - share of generated crystals that match a training crystal",
+    "genmetrics.*uniqueness": "1 - duplicate pairs over all pairs",
     "mattergen.novel_systems": "distinct unseen chemical systems over structures",
     "mattergen.*precision": "share of structures that are in the reference",
     "mattergen.*recall": "share of the reference that is among the structures",

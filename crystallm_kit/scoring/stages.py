@@ -154,6 +154,7 @@ STAGES: dict[str, Stage] = {
         ), "fingerprinting:fingerprint"),
         Stage("matches", 2, 60.0, (("rms_distance.csp", _FLOAT), ("distances", _TEXT)), "comparing:compare",
               ("forms",)),
+        Stage("covers", 1, 60.0, (("covers.genmetrics", _TRUTH),), "comparing:cover", ("forms",)),
         Stage("stability", 1, 60.0, (
             ("relaxed", _TRUTH), ("n_steps", _WHOLE), ("energy_ev_per_atom", _FLOAT),
             ("formation_energy_ev_per_atom", _FLOAT), ("hull_distance_ev_per_atom", _FLOAT),

@@ -186,6 +186,32 @@ def test_targets_give_match_rates(tmp_path):
     assert rates["kit.match_rate@1"] == (1, 2)
     assert rates["kit.match_rate@2"] == rates["diffcsp.match_rate@2"] == (2, 2)
     assert found["kit.metre@2"].numerator == 2
+    assert (found["genmetrics.coverage"].numerator, found["genmetrics.coverage"].denominator) == (3, 2)
+
+
+def test_a_test_set_is_covered_by_samples_that_predict_none_of_it(tmp_path, generated):
+    """Both NaCl and the one KBr match; nobody finds LiF, and of the unreadable entry nothing is known."""
+    test = tmp_path / "test"
+    test.mkdir()
+    for name, one in (
+        ("a", rocksalt("Na", "Cl")),
+        ("b", rocksalt("K", "Br", 6.6)),
+        ("c", rocksalt("Li", "F", 4)),
+    ):
+        one.to(filename=str(test / f"{name}.cif"))
+    (test / "d.cif").write_text("data_x\n_cell_length_a 3\n")
+    options = {
+        "targets": test,
+        "pairing": "none",
+        "out": tmp_path / "out",
+        "protocols": ["kit", "genmetrics"],
+    }
+    found = by_name(score(generated, **options)["generated"])
+    assert (found["genmetrics.coverage"].numerator, found["genmetrics.coverage"].denominator) == (3, 3)
+    assert "not paired" in found["kit.match_rate@1"].note
+    assert "--fingerprints" in found["genmetrics.fingerprint_coverage"].note
+    rows = pq.read_table(tmp_path / "out" / "rows" / "generated.parquet").to_pylist()
+    assert [row["covers.genmetrics"] for row in rows][:4] == [True, True, True, False]
 
 
 def test_candidates_of_targets_are_drawn_beside_them_with_how_far_they_agree(tmp_path):
@@ -287,11 +313,18 @@ def test_a_set_that_came_without_cifs_is_not_judged_by_its_text(tmp_path, genera
 def test_fingerprints_make_coverage_and_cdvae_valid(tmp_path, generated):
     salts = tmp_path / "salts.extxyz"
     write([Crystal(f"{a}{b}", rocksalt(a, b)) for a, b in SALTS[:6]], salts)
-    found = by_name(score(salts, reference=salts, out=tmp_path / "out", fingerprints=True)["salts"])
+    options = {"reference": salts, "targets": salts, "out": tmp_path / "out"}
+    found = by_name(score(salts, **options, fingerprints=True)["salts"])
     assert found["cdvae.valid"].numerator == 6
     assert found["cdvae.cov_recall"].numerator == found["cdvae.cov_precision"].numerator == 6
     assert found["cdvae.amsd_recall"].value == pytest.approx(0.0, abs=1e-9)
-    without = by_name(score(salts, reference=salts, out=tmp_path / "out")["salts"])
+    shares = {
+        name: (found[name].numerator, found[name].denominator) for name in found if "fingerprint_" in name
+    }
+    assert shares["genmetrics.fingerprint_coverage"] == (6, 6)
+    assert shares["genmetrics.fingerprint_novelty"] == (0, 6)
+    assert shares["genmetrics.fingerprint_uniqueness"] == (30, 30)
+    without = by_name(score(salts, **options)["salts"])
     assert "--fingerprints" in without["cdvae.cov_recall"].note  # the same folder, asked for less
 
 

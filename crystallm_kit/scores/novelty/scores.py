@@ -182,7 +182,9 @@ def genmetrics_scores(
     covering: int | None = None,
     n_test: int | None = None,
 ) -> list[Score]:
-    """Return matbench-genmetrics' uniqueness, novelty and coverage with match.csp.
+    """Return matbench-genmetrics' uniqueness, novelty and coverage with match.csp, which it has as an option.
+
+    By default it compares fingerprints: coverage.fingerprint_genmetrics_scores.
 
     Args:
         n_generated: Structures compared.
