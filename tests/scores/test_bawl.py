@@ -44,7 +44,7 @@ def _crystals():
 
 
 CRYSTALS = _crystals()
-# material-hasher at its defaults, with structuregraph-helpers 0.0.9 and pymatgen 2025.6.14
+# material-hasher's steps at its defaults, around structuregraph-helpers 0.0.9 and pymatgen 2025.6.14
 MATERIAL_HASHER = {
     "rock salt": "05474a878a6c3d2c15d290446a1915b0_225_Na4Cl4",
     "rock salt, primitive": "aff1e5a835d320dd754c77e1494790ea_225_Na1Cl1",
