@@ -180,38 +180,52 @@ def diversity_scores(generated: Sequence[MaybeFingerprints], *, valid: Sequence[
     return scores
 
 
-def genmetrics_scores(
+def fingerprint_genmetrics_scores(
     generated: Sequence[MaybeFingerprints],
-    test: Sequence[Fingerprints],
     *,
-    n_requested: int,
+    training: Sequence[Fingerprints] | None = None,
+    test: Sequence[Fingerprints] | None = None,
+    n_test: int | None = None,
     cutoffs: Cutoffs = CUTOFFS["mp_20"],
 ) -> list[Score]:
-    """Return "genmetrics.coverage" and "genmetrics.uniqueness" by fingerprints.
+    """Return matbench-genmetrics' uniqueness, novelty and coverage by fingerprints, which is its default.
 
     Two crystals match where both distances of this pair are within the cut-offs, the compositions' unscaled.
     Coverage divides the samples that match any test crystal by the number of test crystals: copies raise it,
-    also above 1.
+    also above 1. Names begin with "genmetrics.fingerprint_"; those without are by match.csp
+    (novelty/scores.py).
 
-    Raises:
-        EmptyInput: Without test crystals.
+    Args:
+        generated: One a sample; None, or a failure, where it has no fingerprint.
+        training, test: None: there is no such set.
+        n_test: Test crystals, those without a fingerprint included; None: as many as `test` holds.
+        cutoffs: From CUTOFFS, or of one's own.
     """
-    _check(generated, test, n_requested)
     present = [sample for sample in generated if isinstance(sample, Fingerprints)]
-    n_matched = int((_matches(present, test, cutoffs) > 0).sum())
+    n, over = len(present), "with a fingerprint"
     note = f"pairs within {cutoffs.structure:g} (structure), {cutoffs.composition:g} (composition, unscaled)"
-    scores = [share("genmetrics.coverage", n_matched, len(test), over="test crystals", note=note)]
-    n = len(present)
+    scores = []
+    names = [f"genmetrics.fingerprint_{what}" for what in ("uniqueness", "novelty", "coverage")]
     if n < 2:
         why = f"{n} samples with a fingerprint; a pair expected"
-        return [*scores, not_computed("genmetrics.uniqueness", why, better="higher")]
-    n_copies = int(_matches(present, present, cutoffs).sum()) - n
-    pairs = n * n - n
-    unique = Score(
-        "genmetrics.uniqueness", 1 - n_copies / pairs, "share", pairs - n_copies, pairs, "ordered pairs",
-        better="higher", note=note,
-    )  # fmt: skip
-    return [*scores, unique]
+        scores.append(not_computed(names[0], why, better="higher"))
+    else:
+        n_copies = int(_matches(present, present, cutoffs).sum()) - n
+        pairs = n * n - n
+        scores.append(
+            Score(names[0], 1 - n_copies / pairs, "share", pairs - n_copies, pairs, "ordered pairs",
+                  better="higher", note=note)
+        )  # fmt: skip
+    if not training or not n:
+        why = "no reference set" if not training else f"no sample {over}"
+        scores.append(not_computed(names[1], why, better="higher"))
+    else:
+        n_known = int((_matches(present, training, cutoffs) > 0).sum())
+        scores.append(share(names[1], n - n_known, n, over=over, note=note))
+    if not test:
+        return [*scores, not_computed(names[2], "no test set", better="higher")]
+    n_matched = int((_matches(present, test, cutoffs) > 0).sum())
+    return [*scores, share(names[2], n_matched, n_test or len(test), over="test crystals", note=note)]
 
 
 def nearest(first: Sequence[Fingerprints], second: Sequence[Fingerprints]) -> tuple[Nearest, Nearest]:
@@ -238,13 +252,18 @@ def _matches(
     first: Sequence[Fingerprints], second: Sequence[Fingerprints], cutoffs: Cutoffs
 ) -> NDArray[np.int64]:
     """(N,) how many of the second set each of the first matches."""
+    from scipy.spatial import cKDTree  # type: ignore[import-untyped]
+
     found = np.zeros(len(first), dtype=np.int64)
     if not (first and second):
         return found
-    structures = [np.array([f.structure for f in side]) for side in (first, second)]
+    # Unscaled compositions lie far apart: a tree leaves few pairs whose structures are compared.
     compositions = [unscaled(np.array([f.composition for f in side])) for side in (first, second)]
-    for (rows, near), (_, same) in zip(_blocks(*structures), _blocks(*compositions), strict=True):
-        found[rows] = ((near <= cutoffs.structure) & (same <= cutoffs.composition)).sum(axis=1)
+    near = cKDTree(compositions[1]).query_ball_point(compositions[0], cutoffs.composition)
+    structures = np.array([f.structure for f in second])
+    for i, others in enumerate(near):
+        distances = np.linalg.norm(structures[others] - first[i].structure, axis=1)
+        found[i] = np.count_nonzero(distances <= cutoffs.structure)
     return found
 
 

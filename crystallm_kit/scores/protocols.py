@@ -87,9 +87,11 @@ PUBLISHED: dict[str, PublishedProtocol] = {
         PublishedProtocol(
             "crystallm_pi", "CrystaLLM-pi",
             "As crystallm, with the geometry's composition against the formula, no edge over 40 A, and a "
-            "bond score of 0 where no bond is counted.",
+            "bond score of 0 where no bond is counted. Of valid crystals with one bonding-graph hash (BAWL) "
+            "that of the lowest hull distance, else volume, is kept; of these the novel are counted.",
             "github.com/C-Bone-UCL/CrystaLLM-pi",
-            f"{_SMACT} (its own pin, 3.0.1, passes 8,273 of DiffCSP's 10,000, not 8,325)",
+            f"{_SMACT} (its own pin, 3.0.1, passes 8,273 of DiffCSP's 10,000, not 8,325); hashes of "
+            "material-hasher",
             ("crystallm", "crystallm_pi_xrd"),
         ),
         PublishedProtocol(
@@ -113,7 +115,8 @@ PUBLISHED: dict[str, PublishedProtocol] = {
         PublishedProtocol(
             "genmetrics", "matbench-genmetrics",
             "Distances of distributions, and shares of matches; no crystal is judged. Coverage can exceed 1: "
-            "repeats raise it.",
+            "repeats raise it. Matches are by its matcher (0.3 / 0.5 / 10) or, its default, by fingerprints "
+            "(0.4, and 10 on unscaled compositions): names with \"fingerprint_\".",
             "Baird et al., github.com/sparks-baird/matbench-genmetrics",
             "modified Pettifor numbers of element-coder 0.0.8; spglib at 0.01 A",
         ),
@@ -154,6 +157,8 @@ _METRICS: dict[str, str] = {
     "crystal_text_llm.novelty": "nearest training crystal farther than 0.1 (structure) or 2 (composition)",
     "*.bond_score": "mean share of bonds of plausible length",
     "*.comp_novel": "reduced formula not in the reference",
+    "crystallm_pi.unique": "valid, and the one that is kept of its bonding-graph hash",
+    "crystallm_pi.novel": "of the unique ones, those without a match in the reference",
     "lemat.unique": "valid ones without an equivalent later one",
     "lemat.jsd_*": "Jensen-Shannon distance (natural logarithm) of this distribution from the reference's",
     "lemat.jsd": "mean of the four Jensen-Shannon distances",
@@ -165,9 +170,9 @@ _METRICS: dict[str, str] = {
     "lemat.diversity_*": "effective number: exp of Shannon's entropy",
     "lemat.hhi_*": "supply concentration of the elements, 0 to 10",
     "genmetrics.validity*": "1 - distance from the reference over a dummy's: symmetry, elements, their mean",
-    "genmetrics.coverage": "generated crystals that match a test crystal, over the test crystals",
-    "genmetrics.novelty": "1 - share of generated crystals that match a training crystal",
-    "genmetrics.uniqueness": "1 - duplicate pairs over all pairs",
+    "genmetrics.*coverage": "generated crystals that match a test crystal, over the test crystals",
+    "genmetrics.*novelty": "1 - share of generated crystals that match a training crystal",
+    "genmetrics.*uniqueness": "1 - duplicate pairs over all pairs",
     "mattergen.novel_systems": "distinct unseen chemical systems over structures",
     "mattergen.*precision": "share of structures that are in the reference",
     "mattergen.*recall": "share of the reference that is among the structures",

@@ -1,4 +1,4 @@
-"""The stage `matches`: how far a candidate is from its target, and from all others of its formula.
+"""The stages `matches` and `covers`: a sample against its target, and against all targets of its formula.
 
 Not here: which target that is (pairing.py), the distance (scores/matcher/structure_matcher.py).
 """
@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, Reduced, rms_distance
+from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, Reduced, fit, rms_distance
 from crystallm_kit.scoring import reducing
 from crystallm_kit.scoring.rows import form_of, forms_of
 from crystallm_kit.scoring.stages import Item
@@ -33,6 +33,16 @@ def compare(item: Item, settings: Mapping[str, Any], where: Mapping[str, Any]) -
     same = _targets(where["targets"]).get(form.formula, [])
     found = [(i, rms_distance(form, truth, TOLERANCES["csp"])) for i, truth in same]
     return {"rms_distance.csp": dict(found).get(own), "distances": json.dumps(found) if found else None}
+
+
+def cover(item: Item, settings: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of `covers`: does it match any target, in the order of matbench-genmetrics?"""
+    del settings
+    form = form_of(item.earlier["forms"])
+    if form is None:
+        return {}
+    same = _targets(where["targets"]).get(form.formula, [])
+    return {"covers.genmetrics": any(fit(truth, form, TOLERANCES["csp"]) for _, truth in same)}
 
 
 @lru_cache(maxsize=2)

@@ -4,6 +4,7 @@
     3,559 targets; 71,180 samples                             by place: 20 candidates of each, one by one
     otherwise                                                 by composition, if each target's is its own
 
+With the way "none" nothing pairs: the targets are a test set that the samples may cover, no tasks.
 Candidates keep the order of the samples. What does not pair is an error that names the first.
 
 Not here: comparing (scores/matching.py, the stage `matches`).
@@ -21,7 +22,7 @@ from pymatgen.core import Composition
 
 from crystallm_kit.errors import UserError
 
-WAYS = ("auto", "id", "index", "composition")
+WAYS = ("auto", "id", "index", "composition", "none")
 _CANDIDATE = re.compile(r"(?:__|[-_:#])\d+$")  # what names a candidate after its target's id
 
 
@@ -64,7 +65,7 @@ def pair(
         ids: Of the samples.
         formulas: Their reduced formulas; None where there is no structure.
         target_ids, target_formulas: Of the targets.
-        way: One of WAYS.
+        way: One of WAYS but "none".
         asked: Reduced formulas that were asked for, where that is known; they stand for a sample's own.
 
     Raises:

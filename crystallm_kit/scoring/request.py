@@ -31,7 +31,8 @@ class Request:
         sets: The sample sets.
         out: Folder of the results.
         reference: Files of the set that tells what is new, and to which distributions are compared.
-        targets: Files with the true structures of a prediction; `pairing` says how samples pair with them.
+        targets: Files with the true structures of a prediction; `pairing` says how samples pair with them,
+            "none" that they are a test set, only to be covered.
         protocols: Names; None: all.
         fingerprints: Whether to make them, for coverage and cdvae.valid; about 0.01 s of a core a crystal.
         relax: Whether to relax the samples and judge their stability, which needs `hull`.
@@ -99,7 +100,7 @@ class Request:
         """Return the published tables that are shown beside: without targets, those of de novo generation."""
         if self.published is not None:
             return list(self.published)
-        fits = not self.targets and self.cutoffs == "mp_20"
+        fits = (not self.targets or self.pairing == "none") and self.cutoffs == "mp_20"
         return [name for protocol, name in _PUBLISHED.items() if fits and protocol in protocols]
 
     def mixes_alloys(self) -> bool:
@@ -109,3 +110,7 @@ class Request:
     def counts_bonds(self) -> bool:
         """Tell whether a protocol was named that is nothing without bonds, which take long."""
         return bool({"crystallm", "crystallm_pi"} & set(self.protocols or ()))
+
+    def hashes_graphs(self) -> bool:
+        """Tell whether CrystaLLM-pi was named, which counts by hashes of bonding graphs."""
+        return "crystallm_pi" in (self.protocols or ())

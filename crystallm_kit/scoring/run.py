@@ -168,7 +168,10 @@ class _Runner:
         for one in scored:
             path = self.request.out / "rows" / f"{one.sample_set.name}.parquet"
             scene = one.scene
-            write_rows(scene.samples, path, copies=scene.copies.of, pairs=scene.pairs, targets=targets)
+            copies = dict(scene.copies.of)
+            if scene.same_hash is not None:
+                copies["crystallm_pi"] = scene.same_hash
+            write_rows(scene.samples, path, copies=copies, pairs=scene.pairs, targets=targets)
         report = report_of(
             [(o.scene, [str(s) for s in o.sample_set.sources], o.scores, o.seconds) for o in scored],
             command=command, settings=self.inputs, protocols=self.protocols, notes=self.notes,
@@ -187,7 +190,7 @@ class _Runner:
             return None
         is_reference = name == "reference"  # of which no verdict is asked
         asked = [Asked("checks", {"only": "measures"} if is_reference else {}), Asked("forms")]
-        if self.request.fingerprints and is_reference:
+        if self.request.fingerprints and (is_reference or "genmetrics" in self.protocols):
             asked.append(Asked("fingerprints"))
         view, _ = self._worked_out(SampleSet(name, files), self.work / f".{name}", name, asked)
         # of several files one may be damaged, or a row have no structure: what is left still serves
@@ -213,14 +216,19 @@ class _Runner:
             asked.append(Asked("fingerprints"))
         if self.request.counts_bonds():
             asked.append(Asked("bonds"))
+        if self.request.hashes_graphs():
+            asked.append(Asked("hashes"))
         view, seconds = self._worked_out(one, home, one.name, asked)
         pairs = None
         if targets is not None:
-            pairs = self._paired(view, targets)
-            np.save(home / "pairs.npy", pairs.target)
-            where = {"pairs": str(home / "pairs.npy"), "targets": str(targets.folders["forms"])}
-            content = {"targets": self.inputs["targets"], "pairing": pairs.way}
-            asked.append(Asked("matches", content, where))
+            content, where = {"targets": self.inputs["targets"]}, {"targets": str(targets.folders["forms"])}
+            if self.request.pairing != "none":
+                pairs = self._paired(view, targets)
+                np.save(home / "pairs.npy", pairs.target)
+                paired = {**where, "pairs": str(home / "pairs.npy")}
+                asked.append(Asked("matches", {**content, "pairing": pairs.way}, paired))
+            if "genmetrics" in self.protocols:
+                asked.append(Asked("covers", content, where))
             view, more = self._worked_out(one, home, f"{one.name}: targets", asked)
             seconds |= more
         copies = self._copies(view, home, one.name, seconds)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from crystallm_kit.scores.checks import BOND_SCORES, CHECKS
 from crystallm_kit.scores.coverage import MaybeFingerprints
+from crystallm_kit.scores.novelty.copies import copies_by_hash
 from crystallm_kit.scores.stability.sample import Judge
 from crystallm_kit.scoring.copies import RULES, Copies
 from crystallm_kit.scoring.fingerprinting import fingerprints_of
@@ -81,6 +82,25 @@ class Scene:
     def known(self, column: str) -> Truth | None:
         """Return which samples are in the reference, by a column of the stage `known`; None without one."""
         return known(self.samples, column)
+
+    @cached_property
+    def same_hash(self) -> NDArray[np.int64] | None:
+        """(N,) which sample of equal bonding graph is kept in place of each, -1: none; None: not hashed.
+
+        CrystaLLM-pi keeps the lowest hull distance of the cell as it is; where there is none, the lowest
+        volume of a formula unit, which among equal cell formulas is the lowest of an atom.
+        """
+        if not self.samples.has("hashes"):
+            return None
+        volume = self.samples.floats("checks", "volume_per_atom_angstrom3")
+        distance = np.full(self.n, np.nan)
+        if self.samples.has("stability"):
+            distance = self.samples.floats("stability", "submitted_hull_distance_ev_per_atom")
+        ranks = [
+            (d != d, v if d != d else d) for d, v in zip(distance.tolist(), volume.tolist(), strict=True)
+        ]
+        of = copies_by_hash(self.samples.texts("hashes", "hash.bawl"), ranks)
+        return np.array([-1 if one is None else one for one in of], dtype=np.int64)
 
     @cached_property
     def checks(self) -> dict[str, NDArray[Any]]:

@@ -138,6 +138,7 @@ STAGES: dict[str, Stage] = {
         Stage("bonds", 1, 60.0, (
             *_BONDS, *((name, _FLOAT) for name in BOND_SCORES),
         ), "checking:check_bonds"),
+        Stage("hashes", 1, 60.0, (("hash.bawl", _TEXT),), "hashing:hash_valid", ("bonds",)),
         Stage("forms", 1, 30.0, (("reduced_formula", _TEXT), *STRUCTURE_COLUMNS), "reducing:reduce"),
         Stage("known", 3, 60.0, (
             ("known_formula", _TRUTH), ("known_system", _TRUTH), ("known_as.default", _TEXT),
@@ -153,6 +154,7 @@ STAGES: dict[str, Stage] = {
         ), "fingerprinting:fingerprint"),
         Stage("matches", 2, 60.0, (("rms_distance.csp", _FLOAT), ("distances", _TEXT)), "comparing:compare",
               ("forms",)),
+        Stage("covers", 1, 60.0, (("covers.genmetrics", _TRUTH),), "comparing:cover", ("forms",)),
         Stage("stability", 1, 60.0, (
             ("relaxed", _TRUTH), ("n_steps", _WHOLE), ("energy_ev_per_atom", _FLOAT),
             ("formation_energy_ev_per_atom", _FLOAT), ("hull_distance_ev_per_atom", _FLOAT),

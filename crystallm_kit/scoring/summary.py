@@ -25,6 +25,7 @@ from crystallm_kit.scores.coverage import (
     CUTOFFS,
     coverage_scores,
     diversity_scores,
+    fingerprint_genmetrics_scores,
     fingerprint_novelty,
 )
 from crystallm_kit.scores.distributions import Distributed, wasserstein_scores
@@ -53,6 +54,7 @@ NO_REFERENCE = "no reference set: give --reference"
 NO_TARGETS = "no targets: give --targets"
 NO_FINGERPRINTS = "no fingerprints: give --fingerprints"
 NO_BONDS = "bonds are counted if this protocol is named with --protocol"
+NO_TEXT = "no sample that could be read came as a CIF, whose text this protocol judges"
 NO_STABILITY = "not relaxed: give --relax and --hull"
 # "csp" is a matcher, whose match rates stand under the protocols that gate them.
 _KNOWN = tuple(name for name in PUBLISHED if name != "csp")
@@ -147,15 +149,19 @@ def _copies(scene: Scene) -> Iterator[Score]:
         known_cells = scene.known("cell_formula")
         valid = scene.check("crystallm.valid")
         yield from crystallm_scores(valid, scene.unique("crystallm"), known_cells)
-        known_formula = scene.samples.truth("known", "known_formula") if scene.samples.has("known") else None
-        yield from crystallm_pi_scores(scene.check("crystallm_pi.valid"), known_formula)
-    n = int(scene.readable.sum())
-    if n:
-        same = scene.known("genmetrics")
-        yield from genmetrics_scores(
-            n, duplicate_pairs=scene.copies.pairs["genmetrics"],
-            known=None if same is None else int(same.sum()),
-        )  # fmt: skip
+    yield from _copies_by_hash(scene)
+
+
+def _copies_by_hash(scene: Scene) -> Iterator[Score]:
+    same = scene.same_hash
+    why = NO_BONDS if same is None else "" if "crystallm_pi.valid" in scene.checks else NO_TEXT
+    if same is None or why:
+        for name in ("unique", "novel", "comp_novel"):
+            yield not_computed(f"crystallm_pi.{name}", why, better="higher")
+        return
+    hashed = np.array([one is not None for one in scene.samples.texts("hashes", "hash.bawl")])
+    known_formula = scene.samples.truth("known", "known_formula") if scene.samples.has("known") else None
+    yield from crystallm_pi_scores(hashed & (same == -1), scene.known("default"), known_formula)
 
 
 def _mattergen(scene: Scene) -> Iterator[Score]:
@@ -209,6 +215,29 @@ def _coverage(scene: Scene) -> Iterator[Score]:
         )  # fmt: skip
         yield fingerprint_novelty(scene.fingerprints, reference, valid=valid)
     yield from diversity_scores(scene.fingerprints, valid=valid)
+
+
+def _genmetrics(scene: Scene) -> Iterator[Score]:
+    """Count twice, as the peer can: with its matcher, and by fingerprints. The targets are its test set."""
+    n = int(scene.readable.sum())
+    n_test = None if scene.targets is None else int(scene.targets.readable().sum())
+    if n:
+        same, covers = scene.known("genmetrics"), scene.samples.has("covers")
+        yield from genmetrics_scores(
+            n, duplicate_pairs=scene.copies.pairs["genmetrics"],
+            known=None if same is None else int(same.sum()),
+            covering=int(scene.samples.truth("covers", "covers.genmetrics").sum()) if covers else None,
+            n_test=n_test,
+        )  # fmt: skip
+    if not scene.samples.has("fingerprints"):
+        for what in ("uniqueness", "novelty", "coverage"):
+            yield not_computed(f"genmetrics.fingerprint_{what}", NO_FINGERPRINTS, better="higher")
+        return
+    training, test = (
+        None if one is None else [f for f in fingerprints_of(one.folders["fingerprints"]) if f]
+        for one in (scene.reference, scene.targets)
+    )
+    yield from fingerprint_genmetrics_scores(scene.fingerprints, training=training, test=test, n_test=n_test)
 
 
 def _wasserstein(scene: Scene) -> Iterable[Score]:
@@ -271,7 +300,8 @@ def _set_columns(view: View, chosen: Truth, spacegroup: str) -> SetColumns | Non
 
 def _matches(scene: Scene) -> Iterator[Score]:
     if scene.pairs is None or scene.targets is None:
-        yield not_computed("kit.match_rate@1", NO_TARGETS, better="higher")
+        why = NO_TARGETS if scene.targets is None else "targets that are not paired with samples"
+        yield not_computed("kit.match_rate@1", why, better="higher")
         return
     found = scene.samples.floats("matches", "rms_distance.csp")
     rows = _by_target(scene, [None if d != d else float(d) for d in found.tolist()])
@@ -343,9 +373,10 @@ def _standing(view: View, copies: Copies, rule: str, gate: str, column: str) -> 
 FAMILIES = (
     Family(_checks),
     Family(_asked, ("kit",)),
-    Family(_copies, ("kit", "crystallm", "crystallm_pi", "lemat", "genmetrics")),
+    Family(_copies, ("kit", "crystallm", "crystallm_pi", "lemat")),
     Family(_mattergen, ("mattergen",)),
     Family(_coverage, ("cdvae", "crystallm", "crystal_text_llm")),
+    Family(_genmetrics, ("genmetrics",)),
     Family(_wasserstein, ("cdvae", "crystallm", "crystal_text_llm")),
     Family(_statistics, ("lemat", "genmetrics")),
     Family(_matches, ("kit", "cdvae", "diffcsp", "crystallm", "crystallm_pi")),

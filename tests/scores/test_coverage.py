@@ -16,8 +16,8 @@ from crystallm_kit.scores.coverage import (
     Cutoffs,
     coverage_scores,
     diversity_scores,
+    fingerprint_genmetrics_scores,
     fingerprint_novelty,
-    genmetrics_scores,
     nearest,
 )
 from crystallm_kit.scores.fingerprints.composition import unscaled
@@ -138,8 +138,8 @@ def test_structure_and_composition_may_be_near_two_crystals():
     reference = [Fingerprints(zero, np.full(132, 9.0)), Fingerprints(far, np.zeros(132))]
     found = _by_name(coverage_scores([sample], reference, cutoffs=CUTOFF, n_requested=1))
     assert found["cdvae.cov_precision"].value == 1
-    joint = _by_name(genmetrics_scores([sample], reference, n_requested=1))
-    assert joint["genmetrics.coverage"].value == 0
+    joint = _by_name(fingerprint_genmetrics_scores([sample], test=reference))
+    assert joint["genmetrics.fingerprint_coverage"].value == 0
 
 
 def test_nearest_is_infinite_where_there_is_nothing(reference):
@@ -174,10 +174,14 @@ def test_diversity_is_the_mean_of_all_pairs(generated, monkeypatch):
 
 def test_genmetrics_coverage_counts_copies_and_may_exceed_one(reference):
     one = reference[0]
-    found = _by_name(genmetrics_scores([one, one, one, None], [one, reference[1]], n_requested=4))
-    assert found["genmetrics.coverage"].value == 1.5
-    assert found["genmetrics.coverage"].low is None
-    assert found["genmetrics.uniqueness"].value == 0
+    found = _by_name(fingerprint_genmetrics_scores([one, one, one, None], test=[one, reference[1]], n_test=3))
+    coverage = found["genmetrics.fingerprint_coverage"]
+    assert (coverage.numerator, coverage.denominator) == (3, 3)  # of a third test crystal there is none
+    found = _by_name(fingerprint_genmetrics_scores([one, one, one, None], test=[one, reference[1]]))
+    assert found["genmetrics.fingerprint_coverage"].value == 1.5
+    assert found["genmetrics.fingerprint_coverage"].low is None
+    assert found["genmetrics.fingerprint_uniqueness"].value == 0
+    assert "no reference" in found["genmetrics.fingerprint_novelty"].note
 
 
 def test_genmetrics_matches_pairs_on_unscaled_compositions():
@@ -186,12 +190,20 @@ def test_genmetrics_matches_pairs_on_unscaled_compositions():
         [Fingerprints(0.05 * rng.normal(size=61), 0.003 * rng.normal(size=132)) for _ in range(30)]
         for _ in range(2)
     )
-    near = cdist([f.structure for f in first], [f.structure for f in second]) <= 0.55
-    same = cdist(*[[unscaled(f.composition) for f in side] for side in (first, second)]) <= 7
-    expected = (near & same).any(axis=1).sum()
+
+    def matches(others):
+        near = cdist([f.structure for f in first], [f.structure for f in others]) <= 0.55
+        return near & (cdist(*[[unscaled(f.composition) for f in side] for side in (first, others)]) <= 7)
+
+    expected = matches(second).any(axis=1).sum()
     assert 0 < expected < 30
-    found = _by_name(genmetrics_scores(first, second, n_requested=30, cutoffs=Cutoffs(0.55, 7)))
-    assert found["genmetrics.coverage"].numerator == expected
+    settings = {"training": second, "test": second[:20], "cutoffs": Cutoffs(0.55, 7)}
+    found = _by_name(fingerprint_genmetrics_scores(first, **settings))
+    assert found["genmetrics.fingerprint_novelty"].numerator == 30 - expected
+    assert found["genmetrics.fingerprint_coverage"].numerator == matches(second[:20]).any(axis=1).sum()
+    n_copies = matches(first).sum() - 30
+    assert n_copies > 0
+    assert found["genmetrics.fingerprint_uniqueness"].numerator == 30 * 29 - n_copies
 
 
 @pytest.mark.parametrize(

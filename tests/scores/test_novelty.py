@@ -10,7 +10,7 @@ from pymatgen.core import Lattice, Structure
 
 from crystallm_kit.errors import UserError
 from crystallm_kit.scores.matcher.structure_matcher import TOLERANCES, reduced
-from crystallm_kit.scores.novelty.copies import duplicate_pairs, first_copies, later_copies
+from crystallm_kit.scores.novelty.copies import copies_by_hash, duplicate_pairs, first_copies, later_copies
 from crystallm_kit.structures.files import read
 
 DEFAULT = TOLERANCES["default"]
@@ -138,3 +138,8 @@ def _published():
         [reduced(c.structure) for c in crystals],
         [c.structure.composition.formula for c in crystals],
     )
+
+
+def test_of_one_hash_the_lowest_rank_is_kept_and_of_equal_ones_the_first():
+    ranks = [(True, 9.0), (False, 0.2), (True, 3.0), (True, 3.0), (True, 1.0)]
+    assert copies_by_hash(["a", "a", "b", "b", None], ranks) == [1, None, None, 2, None]

@@ -39,7 +39,7 @@ def test_without_a_reference_novelty_says_so():
         crystallm_scores(VALID, UNIQUE, None),
         lemat_scores(VALID, UNIQUE, None),
         mattergen_scores(SCORED, UNIQUE, None, matcher="ordered"),
-        crystallm_pi_scores(VALID, None),
+        crystallm_pi_scores(VALID, None, None),
     ):
         missing = [score for score in scores if "novel" in score.name]
         assert missing
@@ -52,8 +52,11 @@ def test_crystallm_counts_the_novel_among_the_unique_and_prints_no_rate():
     assert (unique.unit, unique.denominator) == ("crystals", None)
 
 
-def test_crystallm_pi_divides_new_compositions_by_all_generated():
-    assert counts(crystallm_pi_scores(VALID, KNOWN)) == {"crystallm_pi.comp_novel": (3, 10)}
+def test_crystallm_pi_counts_what_is_new_among_the_kept_and_divides_by_all_generated():
+    known_formula = KNOWN | (np.arange(10) == 2)
+    assert counts(crystallm_pi_scores(VALID & UNIQUE, KNOWN, known_formula)) == {
+        "crystallm_pi.unique": (4, 10), "crystallm_pi.novel": (2, 10), "crystallm_pi.comp_novel": (1, 10),
+    }  # fmt: skip
 
 
 def test_mattergen_divides_by_what_was_scored_and_names_its_matcher():

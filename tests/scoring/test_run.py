@@ -12,11 +12,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from pymatgen.core import Lattice, Structure
+from pymatgen.io.cif import CifWriter
 
 from crystallm_kit.cli import main
 from crystallm_kit.errors import EmptyInput, UnknownName, UserError
 from crystallm_kit.records import Crystal
 from crystallm_kit.scoring import intake, run
+from crystallm_kit.scoring.pool import Marks
+from crystallm_kit.scoring.rows import part_path, read_part, structure_columns, write_part
+from crystallm_kit.scoring.stages import READ, STAGES, run_part
 from crystallm_kit.structures.files import write
 
 SALTS = [(a, b) for a in ("Li", "Na", "K", "Rb") for b in ("F", "Cl", "Br", "I")]
@@ -182,6 +186,32 @@ def test_targets_give_match_rates(tmp_path):
     assert rates["kit.match_rate@1"] == (1, 2)
     assert rates["kit.match_rate@2"] == rates["diffcsp.match_rate@2"] == (2, 2)
     assert found["kit.metre@2"].numerator == 2
+    assert (found["genmetrics.coverage"].numerator, found["genmetrics.coverage"].denominator) == (3, 2)
+
+
+def test_a_test_set_is_covered_by_samples_that_predict_none_of_it(tmp_path, generated):
+    """Both NaCl and the one KBr match; nobody finds LiF, and of the unreadable entry nothing is known."""
+    test = tmp_path / "test"
+    test.mkdir()
+    for name, one in (
+        ("a", rocksalt("Na", "Cl")),
+        ("b", rocksalt("K", "Br", 6.6)),
+        ("c", rocksalt("Li", "F", 4)),
+    ):
+        one.to(filename=str(test / f"{name}.cif"))
+    (test / "d.cif").write_text("data_x\n_cell_length_a 3\n")
+    options = {
+        "targets": test,
+        "pairing": "none",
+        "out": tmp_path / "out",
+        "protocols": ["kit", "genmetrics"],
+    }
+    found = by_name(score(generated, **options)["generated"])
+    assert (found["genmetrics.coverage"].numerator, found["genmetrics.coverage"].denominator) == (3, 3)
+    assert "not paired" in found["kit.match_rate@1"].note
+    assert "--fingerprints" in found["genmetrics.fingerprint_coverage"].note
+    rows = pq.read_table(tmp_path / "out" / "rows" / "generated.parquet").to_pylist()
+    assert [row["covers.genmetrics"] for row in rows][:4] == [True, True, True, False]
 
 
 def test_candidates_of_targets_are_drawn_beside_them_with_how_far_they_agree(tmp_path):
@@ -235,15 +265,66 @@ def test_targets_that_do_not_pair_are_told(tmp_path, generated):
         score(generated, targets=tmp_path / "t.extxyz", out=tmp_path / "out")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of spglib, as pymatgen's CifWriter asks it
+def test_crystallm_pi_keeps_the_densest_of_one_bonding_graph(tmp_path):
+    """Of three NaCl the first of the two smallest is kept; KBr is known; one is unreadable."""
+    cells = {"a": rocksalt("Na", "Cl", 5.7), "b": rocksalt("Na", "Cl", 5.6), "c": rocksalt("Na", "Cl", 5.6)}
+    cells["d"] = rocksalt("K", "Br", 6.6)
+    path = tmp_path / "samples"
+    path.mkdir()
+    for name, cell in cells.items():
+        (path / f"{name}.cif").write_text(str(CifWriter(cell, symprec=0.1)))
+    (path / "e.cif").write_text("data_NaCl\n_cell_length_a 5.6\n")
+    write([Crystal("mp-23251", rocksalt("K", "Br", 6.65))], tmp_path / "known.extxyz")
+    options = {"reference": tmp_path / "known.extxyz", "out": tmp_path / "out"}
+    found = by_name(score(path, **options, protocols=["crystallm_pi"])["samples"])
+    assert {name: (one.numerator, one.denominator) for name, one in found.items() if "novel" in name} == {
+        "crystallm_pi.novel": (1, 5), "crystallm_pi.comp_novel": (1, 5),
+    }  # fmt: skip
+    assert found["crystallm_pi.unique"].numerator == 2
+    rows = {row["id"]: row for row in pq.read_table(tmp_path / "out/rows/samples.parquet").to_pylist()}
+    copies = {name: row["copy_of.crystallm_pi"] for name, row in rows.items()}
+    assert {name: of for name, of in copies.items() if of} == {"a": "b", "c": "b"}
+    assert rows["a"]["hash.bawl"] == "05474a878a6c3d2c15d290446a1915b0_225_Na4Cl4"
+    without = by_name(score(path, **options)["samples"])
+    assert "named with --protocol" in without["crystallm_pi.unique"].note  # the same folder, asked for less
+
+
+def test_a_structure_whose_hash_fails_is_a_row_with_its_trouble(tmp_path):
+    cells = [rocksalt("Na", "Cl"), Structure(Lattice.cubic(12), ["Na"], [[0, 0, 0]]), rocksalt("K", "Br")]
+    write_part(part_path(tmp_path / "read", 0), [structure_columns(cell) for cell in cells], READ)
+    valid = [{"crystallm_pi.valid": i < 2} for i in range(3)]
+    write_part(part_path(tmp_path / "bonds", 0), valid, STAGES["bonds"].schema)
+    stages = [[name, str(tmp_path / name), {}, {}] for name in ("bonds", "hashes")]
+    found = run_part({"part": 0, "read": str(tmp_path / "read"), "stages": stages}, Marks(lambda text: None))
+    assert found["stages"]["hashes"]["troubles"] == 1
+    first, alone, invalid = read_part(part_path(tmp_path / "hashes", 0))
+    assert first["hash.bawl"].endswith("_225_Na4Cl4")
+    assert "ValueError" in alone["trouble"]
+    assert invalid == {"hash.bawl": None, "trouble": None}
+
+
+def test_a_set_that_came_without_cifs_is_not_judged_by_its_text(tmp_path, generated):
+    found = by_name(score(generated, out=tmp_path / "out", protocols=["crystallm_pi"])["generated"])
+    assert "came as a CIF" in found["crystallm_pi.unique"].note
+
+
 @pytest.mark.slow
 def test_fingerprints_make_coverage_and_cdvae_valid(tmp_path, generated):
     salts = tmp_path / "salts.extxyz"
     write([Crystal(f"{a}{b}", rocksalt(a, b)) for a, b in SALTS[:6]], salts)
-    found = by_name(score(salts, reference=salts, out=tmp_path / "out", fingerprints=True)["salts"])
+    options = {"reference": salts, "targets": salts, "out": tmp_path / "out"}
+    found = by_name(score(salts, **options, fingerprints=True)["salts"])
     assert found["cdvae.valid"].numerator == 6
     assert found["cdvae.cov_recall"].numerator == found["cdvae.cov_precision"].numerator == 6
     assert found["cdvae.amsd_recall"].value == pytest.approx(0.0, abs=1e-9)
-    without = by_name(score(salts, reference=salts, out=tmp_path / "out")["salts"])
+    shares = {
+        name: (found[name].numerator, found[name].denominator) for name in found if "fingerprint_" in name
+    }
+    assert shares["genmetrics.fingerprint_coverage"] == (6, 6)
+    assert shares["genmetrics.fingerprint_novelty"] == (0, 6)
+    assert shares["genmetrics.fingerprint_uniqueness"] == (30, 30)
+    without = by_name(score(salts, **options)["salts"])
     assert "--fingerprints" in without["cdvae.cov_recall"].note  # the same folder, asked for less
 
 

@@ -10,6 +10,7 @@ protocol's order of arguments and with each protocol's rule of which pairs are c
     first_copies, cell_formula   kept earlier ones          (later, earlier)  cell formula      crystallm
     later_copies                 all later ones             (earlier, later)  reduced formula   lemat
     duplicate_pairs              every other one            both orders       reduced formula   genmetrics
+    copies_by_hash               the kept of equal hash     -                 -                 crystallm_pi
 
 The matcher is neither symmetric nor transitive, so the order of the set matters a little: of
 Crystal-text-LLM's 3,221 published samples 2,196 are kept at the default tolerances, 2,198 of the reversed
@@ -105,6 +106,21 @@ def duplicate_pairs(forms: Sequence[Reduced | None], tolerances: Tolerances) -> 
         for i in members
         for _ in bounds.matches(i, [j for j in members if j != i], tolerances)
     )
+
+
+def copies_by_hash(hashes: Sequence[str | None], ranks: Sequence[tuple[bool, float]]) -> list[int | None]:
+    """Return for each member the index of the one that is kept of its hash; None: it is kept, or has no hash.
+
+    Args:
+        hashes: Such as fingerprints.bawl.bawl_hash makes; None: takes no part.
+        ranks: The lowest of each hash is kept; of equal ones the first.
+    """
+    kept: dict[str, int] = {}
+    for i, key in enumerate(hashes):
+        if key is not None and (key not in kept or ranks[i] < ranks[kept[key]]):
+            kept[key] = i
+    best = [None if key is None else kept[key] for key in hashes]
+    return [None if one == i else one for i, one in enumerate(best)]
 
 
 def select_possible(

@@ -10,7 +10,8 @@ copies.py and index.py; here is only what each protocol counts, and over what:
     kit.unique_novel                 valid, no copy, not known                requested
     crystallm.unique, .novel         counts: valid first, then unique, then   -
                                      novel among the unique ones
-    crystallm_pi.comp_novel          counted, reduced formula unseen          generated
+    crystallm_pi.unique, .novel,     valid, one of each graph's hash; of      generated
+    .comp_novel                      these not known; formula unseen
     mattergen.unique, .novel         scored, no copy; scored, not known       scored
     mattergen.novel_systems          distinct unseen chemical systems         scored
     mattergen.precision, .recall     scored and known; reference found        scored; reference
@@ -71,17 +72,26 @@ def crystallm_scores(valid: Flags, unique: Flags, known: Flags | None) -> list[S
     return [*scores, _count("crystallm.novel", _n(kept & ~known), "valid and unique, and not known")]
 
 
-def crystallm_pi_scores(counted: Flags, known_formula: Flags | None) -> list[Score]:
-    """Return the share of new compositions.
+def crystallm_pi_scores(kept: Flags, known: Flags | None, known_formula: Flags | None) -> list[Score]:
+    """Return CrystaLLM-pi's: valid, one of each bonding-graph hash, and of these the new; over all generated.
 
     Args:
-        counted: Takes part; the peer counts what its bonding-graph hash keeps of the valid ones.
-        known_formula: The reduced formula is in the reference; None: no reference.
+        kept: Valid under crystallm_pi, and the one that is kept of its hash (copies_by_hash).
+        known: A reference entry of its reduced formula matches (match.default); None: no reference.
+        known_formula: Its reduced formula is in the reference; None: no reference.
     """
-    name = "crystallm_pi.comp_novel"
-    if known_formula is None:
-        return _missing(name)
-    return [share(name, _n(counted & ~known_formula), len(counted), over="generated")]
+    n = len(kept)
+    note = "valid, and one of each bonding-graph hash"
+    scores = [share("crystallm_pi.unique", _n(kept), n, over="generated", note=note)]
+    for name, old, what in (
+        ("crystallm_pi.novel", known, "not in the reference"),
+        ("crystallm_pi.comp_novel", known_formula, "its formula not in the reference"),
+    ):
+        if old is None:
+            scores += _missing(name)
+        else:
+            scores.append(share(name, _n(kept & ~old), n, over="generated", note=f"unique, and {what}"))
+    return scores
 
 
 def mattergen_scores(
@@ -172,7 +182,9 @@ def genmetrics_scores(
     covering: int | None = None,
     n_test: int | None = None,
 ) -> list[Score]:
-    """Return matbench-genmetrics' uniqueness, novelty and coverage with match.csp.
+    """Return matbench-genmetrics' uniqueness, novelty and coverage with match.csp, which it has as an option.
+
+    By default it compares fingerprints: coverage.fingerprint_genmetrics_scores.
 
     Args:
         n_generated: Structures compared.
