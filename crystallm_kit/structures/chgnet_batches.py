@@ -87,7 +87,7 @@ def _refusals(model: Any, crystals: CrystalArrays) -> dict[int, str]:
     owner = np.repeat(np.arange(n_crystals), counts)
     cutoff = model.graph_converter.atom_graph_cutoff
     with np.errstate(all="ignore"):
-        volumes = np.abs(np.linalg.det(crystals.lattices))
+        volumes = crystals.volumes
         expected = 4 / 3 * np.pi * cutoff**3 * counts**2 / volumes
         candidates = (2.0 * images_needed(crystals.lattices, cutoff) + 1).prod(axis=1) * counts**2 / 2
     broken = ~np.isfinite(crystals.lattices).all(axis=(1, 2)) | (counts == 0)
@@ -139,8 +139,8 @@ def _evaluate_bonded(model: Any, crystals: CrystalArrays, most: int) -> Evaluati
                 parts += [(start, (start + stop) // 2), ((start + stop) // 2, stop)]
     flat = torch.cat([energies, forces.reshape(-1), virials.reshape(-1)]).cpu().numpy()
     energies_, forces_, virials_ = np.split(flat, [n_crystals, n_crystals + 3 * n_atoms])
-    volumes = np.abs(np.linalg.det(crystals.lattices))[:, None, None]
-    return Evaluations(energies_, forces_.reshape(-1, 3), virials_.reshape(-1, 3, 3) / volumes, reasons)
+    stresses = virials_.reshape(-1, 3, 3) / crystals.volumes[:, None, None]
+    return Evaluations(energies_, forces_.reshape(-1, 3), stresses, reasons)
 
 
 def _sizes(counts: IntArray, bonds: Bonds, bond_cutoff: float) -> tuple[IntArray, IntArray, IntArray]:
