@@ -366,8 +366,8 @@ def load_potential(
             "ase.calculators.emt:EMT", or a torch-sim model with stress.
         device: Of CHGNet: cpu, cuda ...; None: a GPU where there is one.
         batch_atoms: Atoms of the crystals that CHGNet, or a torch-sim model, evaluates together; None: 48 on
-            a CPU, where more crystals only leave the cache (14 ms a crystal of nine atoms in fives, 20 ms in
-            hundreds), 4,096 on a GPU (6 GB of CHGNet's).
+            a CPU, where more crystals only leave the cache (14 ms a crystal of nine atoms in fives, 20 in
+            a hundred), 4,096 on a GPU (6 GB of CHGNet's).
 
     Raises:
         MissingExtra: If the potential's library is not installed.
