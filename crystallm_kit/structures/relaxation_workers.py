@@ -34,7 +34,7 @@ from pymatgen.core import Lattice, Structure
 from crystallm_kit import errors
 from crystallm_kit.errors import CrystallmKitError, UserError
 from crystallm_kit.structures.processes import end
-from crystallm_kit.structures.relaxation import Evaluation, Potential, Relaxed, load_potential, relax
+from crystallm_kit.structures.relaxation import Potential, Relaxed, load_potential, relax
 
 Named = tuple[str, Structure]
 Row = dict[str, Any]
@@ -252,18 +252,6 @@ class _Worker:
             self._process.kill()
 
 
-class _Heard:
-    """A potential that says on a stream when it has been asked."""
-
-    def __init__(self, potential: Potential, say: Callable[[Any], None]) -> None:
-        self.name, self._potential, self._say = potential.name, potential, say
-
-    def __call__(self, structures: Sequence[Structure]) -> list[Evaluation | str]:
-        found = self._potential(structures)
-        self._say("step")
-        return found
-
-
 def serve(settings: Mapping[str, Any], device: str) -> None:
     """Relax the batches on standard input until it ends: the life of a worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
@@ -284,20 +272,22 @@ def serve(settings: Mapping[str, Any], device: str) -> None:
     say({"potential": potential.name})
     for line in sys.stdin:
         batch = [(name, Structure(Lattice(m), z, np.array(x))) for name, m, z, x in json.loads(line)]
-        found = _relaxed([structure for _, structure in batch], _Heard(potential, say), how)
+        found = _relaxed([structure for _, structure in batch], potential, how, lambda: say("step"))
         for (name, _), relaxed in zip(batch, found, strict=True):
             say(row_of(name, relaxed, potential.name))
         say("end")
 
 
-def _relaxed(structures: Sequence[Structure], potential: Potential, how: RelaxSettings) -> list[Relaxed]:
+def _relaxed(
+    structures: Sequence[Structure], potential: Potential, how: RelaxSettings, say: Callable[[], None]
+) -> list[Relaxed]:
     """Return the records of a batch; what breaks the optimiser breaks it for one crystal alone."""
     try:
         return relax(
             structures, potential, cell=how.cell, max_steps=how.max_steps,
-            max_force_ev_per_angstrom=how.max_force_ev_per_angstrom,
+            max_force_ev_per_angstrom=how.max_force_ev_per_angstrom, say=say,
         )  # fmt: skip
     except Exception as error:  # noqa: BLE001 - singular cells, memory of the GPU: each ends here
         if len(structures) > 1:
-            return [one for structure in structures for one in _relaxed([structure], potential, how)]
+            return [one for structure in structures for one in _relaxed([structure], potential, how, say)]
         return [Relaxed(None, math.nan, False, 0, f"error: {type(error).__name__}: {error}")]

@@ -37,8 +37,8 @@ from crystallm_kit.structures.relaxation_workers import (
 )
 from crystallm_kit.structures.writing import write
 
-# CHGNet makes its graphs on the CPU, 1.8 ms for nine atoms: one process would leave a GPU waiting
-_ON_A_GPU = 4
+# One process leaves a GPU waiting while it writes records and starts a batch; each takes up to 6 GB of it
+_ON_A_GPU = 2
 ROWS, STRUCTURES, SETTINGS = "relaxed.jsonl", "relaxed.extxyz", "settings.json"
 Say = Callable[[int, int], None]
 
@@ -59,7 +59,7 @@ def relax_set(
         crystals: (id, ordered structure); ids are unique.
         out: Folder of the records; None: they are kept nowhere.
         settings: None: CHGNet, as RelaxSettings has it.
-        workers: Processes, of one thread each; None: one a core, on a GPU at most 4, which share it.
+        workers: Processes, of one thread each; None: one a core, on a GPU at most 2, which share it.
         device: cuda, cpu ...; None: a GPU where there is one.
         together: Crystals of one batch; None: 12, on a GPU 256.
         say: Told how many are done, and of how many.

@@ -7,7 +7,7 @@ import pytest
 from pymatgen.core import Lattice, Structure
 
 from crystallm_kit.errors import ImpossibleRequest, MissingExtra, UnknownName
-from crystallm_kit.structures.relaxation import Evaluation, load_potential, relax
+from crystallm_kit.structures.relaxation import Evaluation, Evaluations, load_potential, relax
 
 EMT = (
     "ase.calculators.emt:EMT"  # effective medium theory: Al, Cu, Ag, Au, Ni, Pd, Pt; a millisecond a crystal
@@ -134,6 +134,38 @@ def test_numbers_that_are_none_are_a_reason():
             return [Evaluation(math.nan, np.zeros((len(s), 3)), np.zeros((3, 3))) for s in structures]
 
     assert relax([fcc("Cu", 3.6)], Broken())[0].reason == "not_finite"
+
+
+def test_a_potential_that_takes_arrays_is_asked_for_no_structures():
+    """Harmonic wells: atoms come to rest at x = 0 of their cell, whose stress is zero."""
+
+    class Wells:
+        name = "wells"
+
+        def __call__(self, structures):
+            raise AssertionError
+
+        def of_arrays(self, crystals):
+            owner = np.repeat(np.arange(len(crystals.counts)), crystals.counts)
+            at = np.einsum("ai,aij->aj", crystals.fractional, crystals.lattices[owner])
+            energies = np.bincount(owner, (at**2).sum(axis=1) / 2)
+            reasons = dict.fromkeys(np.flatnonzero(crystals.counts == 3), "wells")
+            return Evaluations(energies, -at, np.zeros((len(crystals.counts), 3, 3)), reasons)
+
+    crystals = [
+        Structure(Lattice.cubic(4), ["Cu"] * n, np.linspace(0.02, 0.1 * n, 3 * n).reshape(n, 3))
+        for n in (2, 3, 5, 1)
+    ]
+    asked = []
+    found = relax(crystals, Wells(), say=lambda: asked.append(1))
+    assert [r.reason for r in found] == [None, "wells", None, None]
+    assert found[0].n_steps != found[2].n_steps
+    assert len(asked) == max(r.n_steps for r in found) + 1
+    for crystal, relaxed in zip(crystals, found, strict=True):
+        if relaxed.converged:
+            assert np.abs(relaxed.structure.cart_coords).max() < 0.05
+            assert len(relaxed.structure) == len(crystal)
+            assert relaxed.n_steps == relax([crystal], Wells())[0].n_steps
 
 
 def test_nothing_to_relax_is_nothing(emt):
