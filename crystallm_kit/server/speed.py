@@ -7,7 +7,8 @@ Rows, all with one model, unconditional samples of one prompt unless said:
     generate        transformers' generate, unconstrained, batches that wait for their longest sample
     slots           ContinuousEngine in a program of its own, no HTTP: free, constrained, one composition
     endpoint        crystallm-kit serve --engine transformers; clients stream POST /v1/crystals
-    vllm            `vllm serve` alone, one engine: free, and with our constraint, by turns
+    vllm            `vllm serve` alone, one engine: free, and with our constraint, by turns; samples as they
+                    come, and all of 40 tokens
     engines         K of them side by side on the GPU, asked directly; then through our app (/v1/completions,
                     /v1/crystals)
 
@@ -42,6 +43,7 @@ from crystallm_kit.models.checkpoints import git_commit, library_versions
 from crystallm_kit.server.supervisor import Supervisor
 from crystallm_kit.server.vllm_jobs import Served, find_vllm, free_ports, split_arguments, vllm_jobs
 
+_SAME_TOKENS = 40
 PROMPT_N = 64  # completions asked for with one request
 _PUBLISHED = {
     "Crystalite (structures/s, published)": 195.0,
@@ -461,6 +463,9 @@ def _completion_bodies(place: Place) -> dict[str, dict[str, Any]]:
 
 async def _overhead(place: Place, urls: Sequence[str], key: str) -> dict[str, Any]:
     bodies = _completion_bodies(place)
+    # constrained samples are shorter than free ones: what the constraint costs shows where all are as long
+    same = {"max_tokens": _SAME_TOKENS, "ignore_eos": True}
+    bodies |= {f"{name}, {_SAME_TOKENS} tokens each": {**body, **same} for name, body in bodies.items()}
     n = max(PROMPT_N, place.n // 5)
     found: dict[str, Any] = {}
     for turn in range(3):  # the first warms up
@@ -471,8 +476,12 @@ async def _overhead(place: Place, urls: Sequence[str], key: str) -> dict[str, An
             )  # fmt: skip
             if turn:
                 found.setdefault(name, []).append(got)
-    rates = {name: max(g["tokens_per_second"] for g in turns) for name, turns in found.items()}
-    return {**found, "overhead": 1 - rates["constrained"] / rates["free"]}
+    rates = {name: max(g["sequences_per_second"] for g in turns) for name, turns in found.items()}
+    as_they_come, as_long = (
+        1 - rates[f"constrained{suffix}"] / rates[f"free{suffix}"]
+        for suffix in ("", f", {_SAME_TOKENS} tokens each")
+    )
+    return {**found, "overhead": as_long, "overhead_as_they_come": as_they_come}
 
 
 async def _through_app(place: Place, urls: Sequence[str], key: str) -> dict[str, Any]:
@@ -490,7 +499,7 @@ async def _through_app(place: Place, urls: Sequence[str], key: str) -> dict[str,
                 for way, targets in (("directly", list(urls)), ("through the app", [url])):
                     got = _client(
                         place, "engines", kind="completions", urls=targets, body=bodies["constrained"],
-                        n=max(PROMPT_N, place.n // 3), at_once=24 * len(urls), key=key,
+                        n=max(PROMPT_N, place.n // 2), at_once=24 * len(urls), key=key,
                     )  # fmt: skip
                     if turn:
                         found[way].append(got)
@@ -531,9 +540,9 @@ def table(found: dict[str, Any]) -> str:
     for name in ("free", "constrained", "SrTiO3"):
         if name in rows.get("slots", {}):
             line(f"the engine in process, {name}", rows["slots"][name]["sequences_per_second"], None)
-    for name in ("free", "constrained"):
-        if name in rows.get("vllm", {}):
-            best = max(t["sequences_per_second"] for t in rows["vllm"][name])
+    for name, turns in rows.get("vllm", {}).items():
+        if isinstance(turns, list):
+            best = max(turn["sequences_per_second"] for turn in turns)
             line(f"vLLM alone, one engine, {name}", best, None)
     many = rows.get("engines", {})
     for name in ("directly", "through the app"):
