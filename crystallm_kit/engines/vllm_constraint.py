@@ -299,29 +299,29 @@ class CrystalConstraint(LogitsProcessor):  # type: ignore[misc]
             self._broken_B |= moves_B & ~constraint.mask().gather(1, tokens_B[:, None]).squeeze(1)
         constraint.advance(tokens_B, moves_B & ~self._broken_B)
 
-    def _go_on(self, constraint: WyckoffConstraint, newest_B: torch.Tensor | None) -> None:
-        """Read the newest token of each row, None: of no row, and find the masks of the next.
+    def _go_on(self, constraint: WyckoffConstraint, last_B: torch.Tensor | None) -> None:
+        """Read the last token of each row, None: of no row, and find the masks of the next.
 
         This is what almost every step does, so on a GPU it is recorded; anew when a request is the first with
         groups to watch, or has more plans than any before.
         """
-        if newest_B is None:
-            self._token_B.fill_(-1)
-        else:
-            self._token_B.copy_(newest_B)
 
         def compute() -> None:
             self._read(constraint, self._token_B, is_new_text=False)
             self._mask_BV.copy_(constraint.mask())
             self._in_numbers_B.copy_(constraint.in_numbers)
 
-        if self._device.type != "cuda":
-            compute()
-            return
-        now = (constraint.tracks, constraint.plans.shape[1])
-        if self._recorded is None or self._recorded[0] != now:
-            self._recorded = (now, record(compute, changes=constraint.changing()))
-        self._recorded[1].replay()
+        if self._device.type == "cuda":
+            now = (constraint.tracks, constraint.plans.shape[1])
+            if self._recorded is None or self._recorded[0] != now:
+                self._token_B.fill_(-1)  # for the trial runs: a token is not for reading again and again
+                self._recorded = (now, record(compute, changes=constraint.changing()))
+            compute = self._recorded[1].replay
+        if last_B is None:
+            self._token_B.fill_(-1)
+        else:
+            self._token_B.copy_(last_B)
+        compute()
 
     def _start_again(self, lag_B: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Forget what the rows have read of which tokens were taken back; return how much they lag now."""

@@ -7,8 +7,8 @@ Rows, all with one model, unconditional samples of one prompt unless said:
     generate        transformers' generate, unconstrained, batches that wait for their longest sample
     slots           ContinuousEngine in a program of its own, no HTTP: free, constrained, one composition
     endpoint        crystallm-kit serve --engine transformers; clients stream POST /v1/crystals
-    vllm            `vllm serve` alone, one engine: free, and with our constraint, by turns; samples as they
-                    come, and all of 40 tokens
+    vllm            one `vllm serve`: free and with our constraint by turns, samples as they come and all of
+                    40 tokens; directly and through our app (/v1/completions) by turns
     engines         K of them side by side on the GPU, asked directly; then through our app (/v1/completions,
                     /v1/crystals)
 
@@ -39,12 +39,17 @@ import httpx
 import orjson
 
 from crystallm_kit.errors import UserError
-from crystallm_kit.models.checkpoints import git_commit, library_versions
 from crystallm_kit.server.supervisor import Supervisor
 from crystallm_kit.server.vllm_jobs import Served, find_vllm, free_ports, split_arguments, vllm_jobs
 
 _SAME_TOKENS = 40
+_TURNS = 4  # of each of two ways that are compared
 PROMPT_N = 64  # completions asked for with one request
+_COSTS = {
+    "overhead": f"what the constraint costs, {_SAME_TOKENS} tokens each",
+    "overhead_as_they_come": "what the constraint costs, samples as they come",
+    "app_cost": "what our app costs",
+}
 _PUBLISHED = {
     "Crystalite (structures/s, published)": 195.0,
     "CrystaLLM's own sampler (structures/s, on an H200)": 1.5,
@@ -396,13 +401,13 @@ def _crystals(place: Place, name: str, url: str, pid: int, body: dict[str, Any])
 
 
 def vllm_row(place: Place) -> dict[str, Any]:
-    """One `vllm serve`, asked directly: free and constrained by turns."""
-    return asyncio.run(_vllm(place, 1, _overhead))
+    """One `vllm serve`: free and constrained by turns; directly and through our app by turns."""
+    return asyncio.run(_vllm(place, 1, _one_engine))
 
 
 def engines_row(place: Place) -> dict[str, Any]:
     """K of them, asked directly and through our app, by turns; then crystals."""
-    return asyncio.run(_vllm(place, place.engines, _through_app))
+    return asyncio.run(_vllm(place, place.engines, _engines))
 
 
 async def _vllm(place: Place, n_engines: int, work: Any) -> dict[str, Any]:
@@ -461,55 +466,72 @@ def _completion_bodies(place: Place) -> dict[str, dict[str, Any]]:
     return {"free": free, "constrained": {**free, "vllm_xargs": {"crystal": request_to_json(request)}}}
 
 
-async def _overhead(place: Place, urls: Sequence[str], key: str) -> dict[str, Any]:
+async def _one_engine(place: Place, urls: Sequence[str], key: str) -> dict[str, Any]:
+    """What the constraint costs, and what our app does, with one engine."""
     bodies = _completion_bodies(place)
     # constrained samples are shorter than free ones: what the constraint costs shows where all are as long
     same = {"max_tokens": _SAME_TOKENS, "ignore_eos": True}
-    bodies |= {f"{name}, {_SAME_TOKENS} tokens each": {**body, **same} for name, body in bodies.items()}
-    n = max(PROMPT_N, place.n // 5)
-    found: dict[str, Any] = {}
-    for turn in range(3):  # the first warms up
-        for name, body in bodies.items():
-            got = await asyncio.to_thread(
-                _client, place, f"vllm-{name}", kind="completions", urls=list(urls), body=body, n=n,
-                at_once=24, key=key,
+    as_long = {f"{name}, {_SAME_TOKENS} tokens each": {**body, **same} for name, body in bodies.items()}
+    n, ways = max(PROMPT_N, place.n // 10), {name: (list(urls), body) for name, body in bodies.items()}
+    ways_as_long = {name: (list(urls), body) for name, body in as_long.items()}
+    found = await asyncio.to_thread(_by_turns, place, "vllm", ways, n, key)
+    found |= await asyncio.to_thread(_by_turns, place, "vllm", ways_as_long, n, key)
+    app = await asyncio.to_thread(_through_app, place, urls, key, with_crystals=False)
+    return {
+        **found, **app,
+        "overhead": _cost(*(found[name] for name in ways_as_long)),
+        "overhead_as_they_come": _cost(*(found[name] for name in ways)),
+    }  # fmt: skip
+
+
+async def _engines(place: Place, urls: Sequence[str], key: str) -> dict[str, Any]:
+    return await asyncio.to_thread(_through_app, place, urls, key, with_crystals=True)
+
+
+def _by_turns(
+    place: Place, name: str, ways: dict[str, tuple[list[str], dict[str, Any]]], n: int, key: str
+) -> dict[str, Any]:
+    """Ask for n completions in each of two ways (servers, body), again and again: A, B, B, A, A, B ..."""
+    found: dict[str, Any] = {way: [] for way in ways}
+    for turn in range(_TURNS + 1):  # the first warms up
+        for way, (urls, body) in list(ways.items())[:: -1 if turn % 2 else 1]:
+            got = _client(
+                place, f"{name}, {way}", kind="completions", urls=urls, body=body, n=n,
+                at_once=24 * len(ways[next(iter(ways))][0]), key=key,
             )  # fmt: skip
             if turn:
-                found.setdefault(name, []).append(got)
-    rates = {name: max(g["sequences_per_second"] for g in turns) for name, turns in found.items()}
-    as_they_come, as_long = (
-        1 - rates[f"constrained{suffix}"] / rates[f"free{suffix}"]
-        for suffix in ("", f", {_SAME_TOKENS} tokens each")
-    )
-    return {**found, "overhead": as_long, "overhead_as_they_come": as_they_come}
+                found[way].append(got)
+    return found
 
 
-async def _through_app(place: Place, urls: Sequence[str], key: str) -> dict[str, Any]:
-    bodies = _completion_bodies(place)
+def _rate(turns: list[dict[str, Any]]) -> float:
+    """Return samples a second over all turns."""
+    return float(sum(turn["sequences"] for turn in turns) / sum(turn["seconds"] for turn in turns))
+
+
+def _cost(plain: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
+    """Return which share of the plain way's samples a second the other way loses."""
+    return 1 - _rate(other) / _rate(plain)
+
+
+def _through_app(place: Place, urls: Sequence[str], key: str, *, with_crystals: bool) -> dict[str, Any]:
+    """What our app in front of the engines costs, and the crystals that it then gives."""
+    body = _completion_bodies(place)["constrained"]
     key_file = place.out / "upstream.key"
     key_file.write_text(key)
     key_file.chmod(0o600)
     upstream = [word for url in urls for word in ("--upstream", url)]
-    name = ("--name", "model", "--upstream-key-file", str(key_file))
-
-    def work() -> dict[str, Any]:
-        found: dict[str, Any] = {"directly": [], "through the app": []}
-        with server(place, "app", *upstream, *name) as (url, pid):
-            for turn in range(3):  # the first warms up
-                for way, targets in (("directly", list(urls)), ("through the app", [url])):
-                    got = _client(
-                        place, "engines", kind="completions", urls=targets, body=bodies["constrained"],
-                        n=max(PROMPT_N, place.n // 2), at_once=24 * len(urls), key=key,
-                    )  # fmt: skip
-                    if turn:
-                        found[way].append(got)
-            rates = {way: max(g["sequences_per_second"] for g in turns) for way, turns in found.items()}
-            found["app_cost"] = 1 - rates["through the app"] / rates["directly"]
-            for label, body in list(_BODIES.items())[:2]:
-                found[label] = _crystals(place, "engines", url, pid, body)
-        return found
-
-    return await asyncio.to_thread(work)
+    with server(place, "app", *upstream, "--name", "model", "--upstream-key-file", str(key_file)) as (
+        url,
+        pid,
+    ):
+        ways = {"directly": (list(urls), body), "through the app": ([url], body)}
+        found = _by_turns(place, "engines", ways, max(PROMPT_N, place.n * len(urls) // 10), key)
+        found["app_cost"] = _cost(found["directly"], found["through the app"])
+        if with_crystals:
+            for label, wanted in list(_BODIES.items())[:2]:
+                found[label] = _crystals(place, "engines", url, pid, wanted)
+    return found
 
 
 ROWS: dict[str, Callable[[Place], dict[str, Any]]] = {
@@ -540,21 +562,24 @@ def table(found: dict[str, Any]) -> str:
     for name in ("free", "constrained", "SrTiO3"):
         if name in rows.get("slots", {}):
             line(f"the engine in process, {name}", rows["slots"][name]["sequences_per_second"], None)
-    for name, turns in rows.get("vllm", {}).items():
-        if isinstance(turns, list):
-            best = max(turn["sequences_per_second"] for turn in turns)
-            line(f"vLLM alone, one engine, {name}", best, None)
-    many = rows.get("engines", {})
-    for name in ("directly", "through the app"):
-        if name in many:
-            best = max(t["sequences_per_second"] for t in many[name])
-            line(f"vLLM, {many['engines']} engines, constrained, {name}", best, None)
-    for row, what in (("endpoint", "transformers"), ("engines", f"{many.get('engines')} vLLM engines")):
+    for row, what in (("vllm", "vLLM, one engine"), ("engines", f"vLLM, {_n_engines(rows)} engines")):
+        for name, turns in rows.get(row, {}).items():
+            if isinstance(turns, list):
+                line(f"{what}, {name}", _rate(turns), None)
+    for row, what in (("endpoint", "transformers"), ("engines", f"{_n_engines(rows)} vLLM engines")):
         for name in _BODIES:
             if name in rows.get(row, {}):
                 got = rows[row][name]
                 line(f"POST /v1/crystals, {what}, {name}", got["samples_per_second"], got["valid_per_second"])
+    for row in ("vllm", "engines"):
+        for cost, what in _COSTS.items():
+            if cost in rows.get(row, {}):
+                lines.append(f"| {row}: {what} | {100 * rows[row][cost]:.1f} % | |")
     return "\n".join(lines)
+
+
+def _n_engines(rows: dict[str, Any]) -> int:
+    return int(rows.get("engines", {}).get("engines", 0))
 
 
 def options_of_speed() -> argparse.ArgumentParser:
@@ -603,6 +628,8 @@ def _be_client(job: dict[str, Any]) -> int:
 
 
 def _all(options: argparse.Namespace, place: Place, arguments: list[str]) -> int:
+    from crystallm_kit.models.checkpoints import git_commit, library_versions  # with torch: not in clients
+
     names = options.rows.split(",")
     for name in names:
         if name not in ROWS:
