@@ -25,7 +25,7 @@ from crystallm_kit.scores.distances import (
     nearest_distances,
 )
 from crystallm_kit.structures.elements import density_g_cm3
-from crystallm_kit.structures.symmetry import dataset
+from crystallm_kit.structures.symmetry import SYMPREC_ANGSTROM, dataset
 
 Measures = dict[str, float | int | str]
 
@@ -92,9 +92,19 @@ class MeasuredCrystal:
     def symmetry(self) -> Any:
         """moyo's dataset, or None where it finds none."""
         try:
-            return dataset(self.structure)
+            return dataset(self.structure, shortest_angstrom=self._closest_angstrom)
         except EncodeError:
             return None
+
+    @cached_property
+    def is_collapsed(self) -> bool:
+        """Whether two sites are closer than the tolerance of symmetry, so that no symmetry can be told."""
+        return not self.cell_fault and self._closest_angstrom < SYMPREC_ANGSTROM
+
+    @cached_property
+    def _closest_angstrom(self) -> float:
+        """Distance of the closest two sites; inf for a single one."""
+        return float(self.distances.distance.min(initial=math.inf))
 
     @cached_property
     def density(self) -> float:

@@ -122,7 +122,11 @@ def _crystal_checks(
     found: MeasuredCrystal, wanted: Conditions, protocol: Protocol, stated_spacegroup: int | None
 ) -> Iterator[_Check]:
     yield "cell", "cell", lambda: found.cell_fault
-    yield from _condition_checks(found, wanted, stated_spacegroup)
+    yield from _composition_checks(found.counts, wanted)
+    overlaps = bool(protocol.pair_distance_angstrom or protocol.radius_scale)
+    if overlaps and found.is_collapsed:  # not that the symmetry is wrong: none can be told
+        yield "overlap", "overlap", lambda: _overlap_fault(found, protocol)
+    yield from _symmetry_checks(found, wanted, stated_spacegroup)
     yield from _geometry_checks(found, protocol)
     if protocol.charge:
         yield "charge", "charge", lambda: _charge_fault(found.counts, protocol)
@@ -130,10 +134,9 @@ def _crystal_checks(
         yield "bonds", "bonds", lambda: _bond_fault(found.structure, protocol)
 
 
-def _condition_checks(
+def _symmetry_checks(
     found: MeasuredCrystal, wanted: Conditions, stated_spacegroup: int | None
 ) -> Iterator[_Check]:
-    yield from _composition_checks(found.counts, wanted)
     if wanted.n_sites is not None:
         yield "n_sites", "formula_mismatch", lambda: _n_sites_fault(found, wanted)
     if wanted.crystal_system is not None:
@@ -149,7 +152,8 @@ def conditions_met(found: MeasuredCrystal, wanted: Conditions) -> dict[str, bool
     Returns:
         Names of `Conditions` ("spacegroup" for its number); those that are not asked are absent.
     """
-    return {name: not check() for name, _, check in _condition_checks(found, wanted, None)}
+    checks = (*_composition_checks(found.counts, wanted), *_symmetry_checks(found, wanted, None))
+    return {name: not check() for name, _, check in checks}
 
 
 def _geometry_checks(found: MeasuredCrystal, protocol: Protocol) -> Iterator[_Check]:

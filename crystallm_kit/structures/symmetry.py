@@ -485,14 +485,28 @@ def _maps_lattice(linear: IntArray, centering: FloatArray) -> bool:
     return bool((np.abs((moved + 0.5) % 1.0 - 0.5).max(-1) < 1e-6).any(1).all())
 
 
-def dataset(structure: Structure, symprec_angstrom: float = SYMPREC_ANGSTROM) -> Any:
+def dataset(
+    structure: Structure,
+    symprec_angstrom: float = SYMPREC_ANGSTROM,
+    *,
+    shortest_angstrom: float | None = None,
+) -> Any:
     """Return moyo's MoyoDataset of a structure, in the standard setting.
 
+    Args:
+        structure: Ordered.
+        symprec_angstrom: Tolerance of distances.
+        shortest_angstrom: Distance of the closest two sites, where it is known already.
+
     Raises:
-        EncodeError: If moyo finds no symmetry, for example in a collapsed cell.
+        EncodeError: If moyo finds no symmetry, for example in a collapsed cell, and if two sites are closer
+            than the tolerance.
     """
     from moyopy import Cell, MoyoDataset, Setting
 
+    if shortest_angstrom is None:
+        shortest_angstrom = closest_angstrom(structure.lattice, structure.frac_coords)
+    check_apart(shortest_angstrom, symprec_angstrom)
     cell = Cell(
         structure.lattice.matrix.tolist(),
         structure.frac_coords.tolist(),
@@ -502,6 +516,29 @@ def dataset(structure: Structure, symprec_angstrom: float = SYMPREC_ANGSTROM) ->
         return MoyoDataset(cell, symprec=symprec_angstrom, setting=Setting.standard())
     except (ValueError, RuntimeError) as error:
         raise EncodeError(f"no symmetry found at {symprec_angstrom} angstrom: {error}") from error
+
+
+def closest_angstrom(lattice: Lattice, fractional: FloatArray) -> float:
+    """Return the distance of the closest two sites, images of one site not counted; inf for a single one."""
+    distances = lattice.get_all_distances(fractional, fractional)
+    np.fill_diagonal(distances, math.inf)
+    return float(distances.min(initial=math.inf))
+
+
+def check_apart(shortest_angstrom: float, symprec_angstrom: float) -> None:
+    """Refuse sites that a tolerance cannot tell apart.
+
+    Which site is the image of which is then a guess, and with many such sites moyo (0.21) may try for hours,
+    in tens of gigabytes.
+
+    Raises:
+        EncodeError: If two sites are closer than the tolerance.
+    """
+    if shortest_angstrom < symprec_angstrom:
+        raise EncodeError(
+            f"no symmetry found at {symprec_angstrom:g} angstrom: two sites are {shortest_angstrom:.3g} "
+            "angstrom apart, so they coincide"
+        )
 
 
 def spacegroup_number(structure: Structure, symprec_angstrom: float = SYMPREC_ANGSTROM) -> int:

@@ -28,11 +28,11 @@ from typing import Any
 import moyopy
 import numpy as np
 from numpy.typing import NDArray
-from pymatgen.core import Element, Structure
+from pymatgen.core import Element, Lattice, Structure
 
 from crystallm_kit.errors import EncodeError
 from crystallm_kit.records import Crystal
-from crystallm_kit.structures.symmetry import crystal_system
+from crystallm_kit.structures.symmetry import check_apart, closest_angstrom, crystal_system
 from crystallm_kit.text.cif_tables import Floats, check_elements, spacegroup_operations, spacegroup_symbols
 
 
@@ -82,8 +82,9 @@ def standard_cell_by_moyo(crystal: Crystal, symprec_angstrom: float) -> Standard
     lattice, positions, elements = ordered_cell(crystal)
     cell = moyopy.Cell(lattice.tolist(), positions.tolist(), [Element(e).Z for e in elements])
     try:
+        check_apart(closest_angstrom(Lattice(lattice), positions), symprec_angstrom)
         found = _moyo_dataset(cell, symprec_angstrom)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, EncodeError) as error:
         raise _no_space_group(crystal.id, symprec_angstrom, error) from error
     to_conventional = np.array(found.prim_std_cell.basis) @ np.linalg.inv(np.array(found.std_cell.basis))
     refined = np.array(found.prim_std_cell.positions) @ to_conventional

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from pymatgen.core import Lattice, Molecule, Structure
 
-from crystallm_kit.errors import UnknownName, UserError
+from crystallm_kit.errors import EncodeError, UnknownName, UserError
 from crystallm_kit.records import Conditions, Crystal
 from crystallm_kit.scores.bonds import bond_score
 from crystallm_kit.scores.measures import measure
 from crystallm_kit.scores.thresholds import PROTOCOLS
 from crystallm_kit.scores.validity import validate, validate_and_measure
+from crystallm_kit.structures.symmetry import spacegroup_number
+from crystallm_kit.text.cif_standard_cell import standard_cell_by_moyo
 
 FCC = np.array([[0, 0, 0], [0, 0.5, 0.5], [0.5, 0, 0.5], [0.5, 0.5, 0]])
 
@@ -76,6 +78,27 @@ def test_overlap_names_the_pair_the_distance_and_the_limit():
     assert verdict.detail == "Na0-Cl1: 0.600 angstrom, at least 1.750 expected"
     assert list(verdict.checks.items())[-1] == ("overlap", False)
     assert "charge" not in verdict.checks
+
+
+# Twenty carbon atoms on the body diagonal of a flat rhombohedral cell, some 0.01 angstrom apart: which is the
+# image of which is a guess at 0.1 angstrom, and moyo 0.21 tries them all, for hours and in tens of gigabytes.
+_ON_A_DIAGONAL = (0.0397, 0.0741, 0.1486, 0.2999, 0.4088, 0.0837, 0.2096, 0.4126, 0.324, 0.4297)
+STRING = Structure(
+    Lattice([[4.025, 2.3238, 0.96], [-4.025, 2.3238, 0.96], [0, -4.6477, 0.96]]), ["C"] * 20,
+    [[sign * x] * 3 for x in _ON_A_DIAGONAL for sign in (1, -1)],
+)  # fmt: skip
+
+
+def test_atoms_closer_than_the_tolerance_of_symmetry_are_an_overlap_and_nothing_hangs():
+    wanted = Conditions(formula={"C": 20}, n_sites=20, spacegroup_number=166)
+    found = validate(STRING, conditions=wanted)
+    assert (found.reason, found.checks) == ("overlap", {"cell": True, "formula": True, "overlap": False})
+    assert "spacegroup_number" not in measure(STRING)
+    with pytest.raises(EncodeError, match=r"two sites are 0\.0109 angstrom apart"):
+        spacegroup_number(STRING)
+    with pytest.raises(EncodeError, match="two sites are"):
+        standard_cell_by_moyo(Crystal("string", STRING), 0.1)
+    assert validate(STRING, conditions=Conditions(formula={"Si": 1})).reason == "formula_mismatch"
 
 
 def test_a_pair_across_the_cell_border_is_seen():
