@@ -61,7 +61,7 @@ def relax_set(
         settings: None: CHGNet, as RelaxSettings has it.
         workers: Processes, of one thread each; None: one a core, on a GPU at most 2, which share it.
         device: cuda, cpu ...; None: a GPU where there is one.
-        together: Crystals of one batch; None: 12, on a GPU 256.
+        together: Crystals of one batch; None: 12, on a GPU 1,024: the last ones of a batch leave it idle.
         say: Told how many are done, and of how many.
 
     Raises:
@@ -80,7 +80,7 @@ def relax_set(
         device = device or best_device()
         cores = len(os.sched_getaffinity(0))
         n_workers = workers or (cores if device == "cpu" else min(_ON_A_GPU, cores))
-        size = together or (12 if device == "cpu" else 256)
+        size = together or (12 if device == "cpu" else 1024)
         batches = [todo[i : i + size] for i in range(0, len(todo), size)]
         with contextlib.closing(rows_of_batches(batches, settings, n_workers, device)) as rows:
             for row in rows:
