@@ -31,7 +31,8 @@ HOMES = {
         "engines/drawing.py",
         "engines/vllm",
         "tokens/tokenizer.py", "tokens/masking.py", "structures/tensors.py", "structures/relaxation.py",
-        "structures/chgnet_batches.py", "structures/relaxation_speed.py", "server/speed.py",
+        "structures/chgnet_batches.py", "structures/chgnet_layers.py", "structures/relaxation_speed.py",
+        "server/speed.py",
     ),
     "transformers": (
         "models/", "training/", "engines/transformers_local.py", "engines/cache.py", "engines/slots.py",
@@ -52,7 +53,7 @@ HOMES = {
     "uvicorn": ("server/",),
     "prometheus_client": ("server/",),
     "ase": ("structures/relaxation.py",),
-    "chgnet": ("structures/relaxation.py", "structures/chgnet_batches.py", "structures/relaxation_speed.py"),
+    "chgnet": ("structures/relaxation.py", "structures/chgnet_", "structures/relaxation_speed.py"),
     "matplotlib": (),
     "jinja2": ("scoring/document.py",),
     "numba": ("scores/",),
@@ -75,6 +76,7 @@ AT_THE_TOP = (
     "engines/vllm",
     "tokens/masking.py",
     "structures/chgnet_batches.py",
+    "structures/chgnet_layers.py",
 )
 # What the server's own modules load at the top: nothing imports them but the verb `serve`.
 SERVER_LIBRARIES = {"fastapi", "uvicorn", "httpx", "prometheus_client"}

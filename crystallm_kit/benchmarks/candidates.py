@@ -15,6 +15,7 @@ Not here: what is asked (recipe.py), what matches (scores/matching.py), what ord
 import contextlib
 import gzip
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -172,7 +173,7 @@ def _why_not(conditions: Conditions, model: Model) -> str:
 
 
 def _write(path: Path, lines: Iterator[dict[str, Any]]) -> None:
-    partial = path.with_suffix(".writing")
+    partial = path.with_suffix(f".{os.getpid()}.writing")
     with gzip.open(partial, "wt", encoding="utf-8") as handle:
         handle.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     partial.replace(path)

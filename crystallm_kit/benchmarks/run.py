@@ -123,17 +123,16 @@ def _rows_of(
     """Return the rows of one generator, from its file where they are there."""
     folder.mkdir(parents=True, exist_ok=True)
     kept = folder / "scores.json"
+    model = None
     if not kept.exists() and not generator.pooled and generator.samples is None:
-        _draw(
-            recipe, generator, _asked(recipe, targets), _model(generator, batch_size), folder,
-            generator.drawn or max(recipe.k), say,
-        )  # fmt: skip
+        model, n_drawn = _model(generator, batch_size), generator.drawn or max(recipe.k)
+        _draw(recipe, generator, _asked(recipe, targets), model, folder, n_drawn, say)
     with FileLock(folder / ".scoring.lock"):  # of several processes that drew together, one scores
         if kept.exists():
             return [_own_row(row) for row in json.loads(kept.read_text(encoding="utf-8"))["rows"]]
         truths = [t.structure for t in targets if isinstance(t.structure, Structure)]
         rows = []
-        for one in _predictions(recipe, generator, folder, targets):
+        for one in _predictions(recipe, generator, folder, targets, model):
             say(f"{one.name}: matching {len(truths):,} targets")
             scores = prediction_scores(one, truths, recipe.k, processes=processes)
             rows.append(OwnRow(one.name, scores, one.about))
@@ -146,22 +145,22 @@ def _asked(recipe: BenchmarkRecipe, targets: Sequence[Crystal]) -> list[Asked]:
 
 
 def _predictions(
-    recipe: BenchmarkRecipe, generator: Generator, folder: Path, targets: list[Crystal]
+    recipe: BenchmarkRecipe, generator: Generator, folder: Path, targets: list[Crystal], model: Model | None
 ) -> Iterator[Prediction]:
-    """Yield the rows of one generator, whose samples are there."""
+    """Yield the rows of one generator, whose samples are there; `model`: what drew them."""
     k = max(recipe.k)
     if generator.pooled:
         rows = _pooled(recipe, generator, folder.parent, targets, k)
         yield Prediction(generator.name, rows, generator.about)
         return
-    if generator.samples is not None:
-        crystals = read(generator.samples)
+    if model is None:
+        crystals = read(str(generator.samples))
         yield Prediction(
             generator.name, candidates_from_file(crystals, targets, k, generator.name), generator.about
         )
         return
     asked = _asked(recipe, targets)
-    found = dict(candidates_of(folder / "samples", _model(generator).representation))
+    found = dict(candidates_of(folder / "samples", model.representation))
     for order in generator.orders:
         name = generator.name if len(generator.orders) == 1 else f"{generator.name}, {order}"
         rows = [in_order(order, found[one.target], k) for one in asked]

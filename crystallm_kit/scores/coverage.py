@@ -217,15 +217,21 @@ def fingerprint_genmetrics_scores(
                   better="higher", note=note)
         )  # fmt: skip
     if not training or not n:
-        why = "no reference set" if not training else f"no sample {over}"
+        why = f"no sample {over}" if training else _none_of("reference set", "--reference", training)
         scores.append(not_computed(names[1], why, better="higher"))
     else:
         n_known = int((_matches(present, training, cutoffs) > 0).sum())
         scores.append(share(names[1], n - n_known, n, over=over, note=note))
     if not test:
-        return [*scores, not_computed(names[2], "no test set", better="higher")]
+        why = _none_of("test set", "--targets", test)
+        return [*scores, not_computed(names[2], why, better="higher")]
     n_matched = int((_matches(present, test, cutoffs) > 0).sum())
     return [*scores, share(names[2], n_matched, n_test or len(test), over="test crystals", note=note)]
+
+
+def _none_of(what: str, option: str, given: Sequence[Fingerprints] | None) -> str:
+    """Return why nothing of a set can be compared."""
+    return f"no {what}; give {option}" if given is None else f"no crystal of the {what} has a fingerprint"
 
 
 def nearest(first: Sequence[Fingerprints], second: Sequence[Fingerprints]) -> tuple[Nearest, Nearest]:
@@ -259,9 +265,10 @@ def _matches(
         return found
     # Unscaled compositions lie far apart: a tree leaves few pairs whose structures are compared.
     compositions = [unscaled(np.array([f.composition for f in side])) for side in (first, second)]
-    near = cKDTree(compositions[1]).query_ball_point(compositions[0], cutoffs.composition)
+    tree = cKDTree(compositions[1])
     structures = np.array([f.structure for f in second])
-    for i, others in enumerate(near):
+    for i, composition in enumerate(compositions[0]):  # one by one: all may have one composition
+        others = tree.query_ball_point(composition, cutoffs.composition)
         distances = np.linalg.norm(structures[others] - first[i].structure, axis=1)
         found[i] = np.count_nonzero(distances <= cutoffs.structure)
     return found

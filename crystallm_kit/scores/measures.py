@@ -91,6 +91,8 @@ class MeasuredCrystal:
     @cached_property
     def symmetry(self) -> Any:
         """moyo's dataset, or None where it finds none."""
+        if self.cell_fault:
+            return None
         try:
             return dataset(self.structure, shortest_angstrom=self._closest_angstrom)
         except EncodeError:

@@ -476,7 +476,7 @@ async def _one_engine(place: Place, urls: Sequence[str], key: str) -> dict[str, 
     ways_as_long = {name: (list(urls), body) for name, body in as_long.items()}
     found = await asyncio.to_thread(_by_turns, place, "vllm", ways, n, key)
     found |= await asyncio.to_thread(_by_turns, place, "vllm", ways_as_long, n, key)
-    app = await asyncio.to_thread(_through_app, place, urls, key, with_crystals=False)
+    app = await asyncio.to_thread(_through_app, place, "vllm", urls, key, with_crystals=False)
     return {
         **found, **app,
         "overhead": _cost(*(found[name] for name in ways_as_long)),
@@ -485,7 +485,7 @@ async def _one_engine(place: Place, urls: Sequence[str], key: str) -> dict[str, 
 
 
 async def _engines(place: Place, urls: Sequence[str], key: str) -> dict[str, Any]:
-    return await asyncio.to_thread(_through_app, place, urls, key, with_crystals=True)
+    return await asyncio.to_thread(_through_app, place, "engines", urls, key, with_crystals=True)
 
 
 def _by_turns(
@@ -514,19 +514,21 @@ def _cost(plain: list[dict[str, Any]], other: list[dict[str, Any]]) -> float:
     return 1 - _rate(other) / _rate(plain)
 
 
-def _through_app(place: Place, urls: Sequence[str], key: str, *, with_crystals: bool) -> dict[str, Any]:
+def _through_app(
+    place: Place, row: str, urls: Sequence[str], key: str, *, with_crystals: bool
+) -> dict[str, Any]:
     """What our app in front of the engines costs, and the crystals that it then gives."""
     body = _completion_bodies(place)["constrained"]
     key_file = place.out / "upstream.key"
     key_file.write_text(key)
     key_file.chmod(0o600)
     upstream = [word for url in urls for word in ("--upstream", url)]
-    with server(place, "app", *upstream, "--name", "model", "--upstream-key-file", str(key_file)) as (
+    with server(place, f"{row}-app", *upstream, "--name", "model", "--upstream-key-file", str(key_file)) as (
         url,
         pid,
     ):
         ways = {"directly": (list(urls), body), "through the app": ([url], body)}
-        found = _by_turns(place, "engines", ways, max(PROMPT_N, place.n * len(urls) // 10), key)
+        found = _by_turns(place, row, ways, max(PROMPT_N, place.n * len(urls) // 10), key)
         found["app_cost"] = _cost(found["directly"], found["through the app"])
         if with_crystals:
             for label, wanted in list(_BODIES.items())[:2]:

@@ -349,7 +349,7 @@ class UpstreamBackend:
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 raise _Refused(f"{type(error).__name__}: {error}") from error
             except httpx.HTTPError as error:
-                if not tries_left or not _is_closed_by_us(error):
+                if not tries_left or self._client.is_closed or not _is_closed_by_us(error):
                     raise self._failed(server, error) from error
         raise AssertionError  # pragma: no cover - the last try returns or raises
 
@@ -448,9 +448,10 @@ class UpstreamBackend:
         roots = [card for card in cards if not card.get("parent")]
         server.root = str(roots[0]["id"]) if roots else ""
         server.adapters = tuple(str(card["id"]) for card in cards if card.get("parent"))
-        # a server whose engine has just died says that it is well for a moment, but makes no token
+        # A server whose engine has just died says that it is well for a moment, but makes no token. The token
+        # may have to wait behind others, so it has the time that any answer has.
         one_token = {"model": server.root, "prompt": [1], "max_tokens": 1}
-        probe = await client.post(server.url + TEXT_ROUTE, json=one_token, timeout=30.0)
+        probe = await client.post(server.url + TEXT_ROUTE, json=one_token)
         if probe.status_code >= 500:
             raise ValueError(f"asked for one token, it answered {probe.status_code}")
         # an empty request is wrong (400 or 422) where the route is there, unknown (404) where it is not

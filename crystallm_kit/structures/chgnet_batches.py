@@ -78,6 +78,9 @@ def evaluate(model: Any, crystals: CrystalArrays, *, most: int) -> Evaluations:
         atoms = np.repeat(np.isin(np.arange(len(crystals.counts)), kept), crystals.counts)
         energies[kept], forces[atoms], stresses[kept] = found[:3]
         reasons |= {kept[i]: reason for i, reason in found.reasons.items()}
+        without = np.array(sorted(reasons), dtype=np.int64)  # some have passed through with the others
+        energies[without], stresses[without] = np.nan, np.nan
+        forces[np.repeat(np.isin(np.arange(len(crystals.counts)), without), crystals.counts)] = np.nan
     return Evaluations(energies, forces, stresses, reasons)
 
 
@@ -112,7 +115,8 @@ def _evaluate_bonded(model: Any, crystals: CrystalArrays, most: int) -> Evaluati
     too_many = f"error: more than {_MOST_EDGES:,} bonds and angles"
     reasons = dict.fromkeys(np.flatnonzero(n_bound < crystals.counts).tolist(), "isolated_atoms")
     reasons |= dict.fromkeys(np.flatnonzero(n_edges > _MOST_EDGES).tolist(), too_many)
-    costs = np.maximum(crystals.counts, n_edges // _EDGES_OF_AN_ATOM).tolist()
+    costs = np.maximum(crystals.counts, n_edges // _EDGES_OF_AN_ATOM)
+    costs = np.where(n_edges > _MOST_EDGES, most + 1, costs).tolist()  # so that each of these is alone
     parts = [(batch[0], batch[-1] + 1) for batch in batches_of(range(n_crystals), costs, most)]
     atom_ends, bond_ends = (np.concatenate([[0], np.cumsum(n)]).tolist() for n in (crystals.counts, n_bonds))
     energies = torch.zeros(n_crystals, dtype=torch.float64, device=device)

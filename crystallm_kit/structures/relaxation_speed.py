@@ -118,10 +118,10 @@ def measured(structures: Sequence[Structure], asked: argparse.Namespace) -> Iter
 
 def peer_row(structures: Sequence[Structure], asked: argparse.Namespace) -> Row:
     """Relax crystals by chgnet's optimiser until the time is up, the last one to its end."""
-    from chgnet.model import CHGNet, StructOptimizer
+    from chgnet.model import StructOptimizer
 
     with contextlib.redirect_stdout(io.StringIO()):
-        model = CHGNet.load(use_device=asked.device, verbose=False)
+        model = _chgnet(asked.device)
         optimiser = StructOptimizer(model, use_device=asked.device, on_isolated_atoms="ignore")
     optimiser.relax(structures[0], steps=2, verbose=False)
     began, n_crystals, n_evaluations, n_failed = time.perf_counter(), 0, 0, 0
@@ -167,7 +167,7 @@ def evaluate_row(structures: Sequence[Structure], potential: ChgnetPotential) ->
 def set_row(structures: Sequence[Structure], workers: int, asked: argparse.Namespace) -> Row:
     """Relax the crystals by relax_set; the start of its processes counts, and is told."""
     settings = RelaxSettings(max_steps=asked.max_steps, max_force_ev_per_angstrom=_FORCE)
-    together = asked.together or min(256, -(-len(structures) // workers))
+    together = asked.together or min(1024, -(-len(structures) // workers))
     named = [(str(i), structure) for i, structure in enumerate(structures)]
     seconds, found = [], {}
     for some in (named[:1], named):
@@ -178,11 +178,21 @@ def set_row(structures: Sequence[Structure], workers: int, asked: argparse.Names
     return row | {"workers": workers, "together": together, "seconds_of_one_crystal": seconds[0]}
 
 
+def _chgnet(device: str) -> Any:
+    """Return CHGNet as chgnet has it."""
+    from chgnet.model import CHGNet
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        model = CHGNet.load(use_device=device, verbose=False)
+    model.graph_converter.set_isolated_atom_response("ignore")
+    return model
+
+
 def agreement_row(structures: Sequence[Structure], potential: ChgnetPotential, what: str) -> Row:
     """Compare energies, forces and stresses with chgnet's own prediction."""
     found = potential(structures)
     pairs = [(s, f) for s, f in zip(structures, found, strict=True) if not isinstance(f, str)]
-    theirs = potential.model.predict_structure([s for s, _ in pairs], task="efs")
+    theirs = _chgnet(potential.device).predict_structure([s for s, _ in pairs], task="efs")
     theirs = [theirs] if isinstance(theirs, dict) else theirs
     off = np.array(
         [

@@ -505,7 +505,10 @@ def dataset(
     from moyopy import Cell, MoyoDataset, Setting
 
     if shortest_angstrom is None:
-        shortest_angstrom = closest_angstrom(structure.lattice, structure.frac_coords)
+        try:
+            shortest_angstrom = closest_angstrom(structure.lattice, structure.frac_coords)
+        except ValueError as error:  # LinAlgError too: vectors in a plane
+            raise EncodeError(f"no symmetry found at {symprec_angstrom} angstrom: {error}") from error
     check_apart(shortest_angstrom, symprec_angstrom)
     cell = Cell(
         structure.lattice.matrix.tolist(),

@@ -97,7 +97,7 @@ def test_a_block_that_another_process_is_at_is_left_to_it_and_drawn_if_that_dies
     folder = tmp_path / "samples"
     folder.mkdir()
     told = []
-    with FileLock(folder / "block-00001.jsonl.lock") as held, ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, FileLock(folder / "block-00001.jsonl.lock") as held:
         drawing = pool.submit(drawn, model, folder, say=lambda done, of: told.append((done, of)))
         for _ in range(600):
             if len(told) == 2:
@@ -126,7 +126,11 @@ def test_several_processes_draw_one_run_once(model, toy_model, tmp_path):
     processes = [
         subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
-    told = [process.communicate(timeout=240)[0].split("\n") for process in processes]
+    try:
+        told = [process.communicate(timeout=240)[0].split("\n") for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0]
     assert len(list(filter(None, told[0] + told[1]))) == len(TARGETS), told
     texts = [

@@ -15,7 +15,6 @@ import pytest
 from crystallm_kit.engines.engine import Prompt, Sampling
 from crystallm_kit.errors import UnknownName, UserError
 from crystallm_kit.records import Conditions
-from crystallm_kit.server import upstream
 from crystallm_kit.server.backend import Ask, BackendError, NotReady
 from crystallm_kit.server.upstream import UpstreamBackend
 from crystallm_kit.server.vllm_jobs import free_ports
@@ -309,15 +308,15 @@ def test_a_connection_that_our_pool_closed_under_a_request_is_no_failure(stand_i
     asyncio.run(story())
 
 
-def test_bursts_after_pauses_about_as_long_as_connections_are_kept_lose_nothing(stand_ins, wire, monkeypatch):
-    monkeypatch.setattr(upstream, "_KEEP_ALIVE_SECONDS", 0.3)
-
+def test_a_request_under_way_when_all_is_closed_fails_as_requests_do(stand_ins, wire):
     async def story():
-        async with open_backend([stand_ins.start()], wire, per_call=1) as backend:
-            for burst in range(12):
-                asks = [Ask(Prompt(CRYSTAL), Sampling(seed=100 * burst + i), n=1) for i in range(60)]
-                assert len(await all_of(backend, asks)) == 60
-                await asyncio.sleep(0.28 + 0.002 * burst)
+        async with open_backend([stand_ins.start()], wire) as backend:
+            asked = asyncio.create_task(all_of(backend, [told(NEVER)]))
+            await until(lambda: backend.n_running() == 1)
+            await asyncio.sleep(0.2)
+            await backend.close()
+            with pytest.raises(BackendError):
+                await asked
 
     asyncio.run(story())
 
@@ -372,7 +371,7 @@ def test_a_server_that_only_says_that_it_is_well_is_not(stand_ins, wire, monkeyp
 
     async def story():
         with pytest.raises(NotReady, match="asked for one token, it answered 500"):
-            await UpstreamBackend([url], wire, model_name="toy", start_seconds=1.0).start()
+            await UpstreamBackend([url], wire, model_name="toy", start_seconds=5.0, check_seconds=0.2).start()
 
     asyncio.run(story())
 

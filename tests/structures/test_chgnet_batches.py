@@ -1,5 +1,6 @@
 """structures/chgnet_batches.py: chgnet's graphs, energies, forces and stresses, of many crystals at once."""
 
+import functools
 import os
 from collections import Counter
 from itertools import islice
@@ -12,7 +13,9 @@ from pymatgen.core import Lattice, Structure
 torch = pytest.importorskip("torch")
 pytest.importorskip("chgnet")
 
-from crystallm_kit.structures import chgnet_batches  # noqa: E402 - after the skip
+from chgnet.model import CHGNet  # noqa: E402 - after the skip
+
+from crystallm_kit.structures import chgnet_batches  # noqa: E402
 from crystallm_kit.structures.chgnet_batches import evaluate, find_bonds, graph_of  # noqa: E402
 from crystallm_kit.structures.files import read  # noqa: E402
 from crystallm_kit.structures.relaxation import (  # noqa: E402
@@ -28,6 +31,14 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def model():
     return load_potential("chgnet", device="cpu").model
+
+
+@functools.cache
+def plain_chgnet():
+    """CHGNet as chgnet has it, with its own layers."""
+    model = CHGNet.load(use_device="cpu", verbose=False)
+    model.graph_converter.set_isolated_atom_response("ignore")
+    return model
 
 
 def random_crystal(seed):
@@ -114,7 +125,7 @@ def assert_same_graph(model, structure):
 
 
 def assert_same_numbers(model, structures, *, batches=(1_000_000,), force=1e-4):
-    expected = model.predict_structure(structures, task="efs")
+    expected = plain_chgnet().predict_structure(structures, task="efs")
     expected = [expected] if len(structures) == 1 else expected
     for most in batches:
         found = evaluate(model, CrystalArrays.of(structures), most=most)
@@ -125,6 +136,15 @@ def assert_same_numbers(model, structures, *, batches=(1_000_000,), force=1e-4):
             assert found.energies_ev[k] / len(structure) == pytest.approx(float(theirs["e"]), abs=1e-5)
             assert np.abs(forces[k] - theirs["f"]).max() < force * scale
             assert np.abs(found.stresses[k] * EV_PER_ANGSTROM3_IN_GPA - theirs["s"]).max() < 2e-3 * scale
+
+
+def test_the_layers_of_a_potential_are_those_that_multiply_first(model):
+    layers = [*model.atom_conv_layers, *model.bond_conv_layers, *model.angle_layers]
+    assert {type(layer).__name__ for layer in layers} == {"_AtomConv", "_BondConv", "_AngleUpdate"}
+    graph = model.graph_converter(CRYSTALS["a flat cell"])
+    found, expected = (m.predict_graph(graph, return_site_energies=True) for m in (model, plain_chgnet()))
+    for name in ("e", "f", "s", "m", "site_energies"):
+        assert np.allclose(found[name], expected[name], rtol=1e-4, atol=1e-4), name
 
 
 @pytest.mark.parametrize("name", CRYSTALS)
@@ -183,12 +203,16 @@ def test_crystals_that_cannot_be_evaluated_have_reasons_and_disturb_no_other(mod
         "error: no atoms": Structure(Lattice.cubic(4), [], []),
     }
     mixed = [one for bad in crystals.values() for one in (bad, salt)]
-    found = evaluate(model, CrystalArrays.of(mixed), most=1000)
-    assert [found.reasons.get(2 * k) for k in range(len(crystals))] == list(crystals)
-    assert not any(k % 2 for k in found.reasons)
     alone = evaluate(model, CrystalArrays.of([salt]), most=1000)
-    assert np.allclose(found.energies_ev[1::2], alone.energies_ev, atol=1e-5)
-    assert np.allclose(found.stresses[1::2], alone.stresses, atol=1e-6)
+    for most in (1000, 1_000_000):
+        found = evaluate(model, CrystalArrays.of(mixed), most=most)
+        assert [found.reasons.get(2 * k) for k in range(len(crystals))] == list(crystals)
+        assert not any(k % 2 for k in found.reasons)
+        assert np.allclose(found.energies_ev[1::2], alone.energies_ev, atol=1e-5)
+        assert np.allclose(found.stresses[1::2], alone.stresses, atol=1e-6)
+        assert np.isnan(found.energies_ev[::2]).all()
+        assert np.isnan(found.stresses[::2]).all()
+        assert np.isnan(found.forces).all(axis=1).sum() == sum(len(bad) for bad in crystals.values())
     only_bad = evaluate(model, CrystalArrays.of(list(crystals.values())), most=1000)
     assert [only_bad.reasons[k] for k in range(len(crystals))] == list(crystals)
     assert evaluate(model, CrystalArrays.of([]), most=1000).reasons == {}
@@ -220,6 +244,7 @@ def test_what_does_not_fit_into_memory_is_evaluated_in_halves(model, monkeypatch
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_a_gpu_finds_what_a_cpu_finds(model):
     on_gpu = load_potential("chgnet", device="cuda").model
     crystals = CrystalArrays.of(list(CRYSTALS.values()))
