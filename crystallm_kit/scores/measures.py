@@ -25,7 +25,7 @@ from crystallm_kit.scores.distances import (
     nearest_distances,
 )
 from crystallm_kit.structures.elements import density_g_cm3
-from crystallm_kit.structures.symmetry import SYMPREC_ANGSTROM, dataset
+from crystallm_kit.structures.symmetry import CLOSEST_TOLERANCES, SYMPREC_ANGSTROM, dataset
 
 Measures = dict[str, float | int | str]
 
@@ -100,8 +100,8 @@ class MeasuredCrystal:
 
     @cached_property
     def is_collapsed(self) -> bool:
-        """Whether two sites are closer than the tolerance of symmetry, so that no symmetry can be told."""
-        return not self.cell_fault and self._closest_angstrom < SYMPREC_ANGSTROM
+        """Whether two sites coincide or nearly do, so that no symmetry can be told."""
+        return not self.cell_fault and self._closest_angstrom < CLOSEST_TOLERANCES * SYMPREC_ANGSTROM
 
     @cached_property
     def _closest_angstrom(self) -> float:

@@ -50,6 +50,7 @@ IntArray = npt.NDArray[np.int64]
 LETTERS = "abcdefghijklmnopqrstuvwxyzA"
 COORDINATE_STEPS = 10_000  # free coordinates are compared on a grid of 1e-4
 SYMPREC_ANGSTROM = 0.1  # the tolerance at which MP-20 and CrystaLLM state space groups
+CLOSEST_TOLERANCES = 7  # apart have to be sites that are told apart; see check_apart
 
 # Columns: primitive basis vectors in conventional coordinates, so x_conventional = matrix @ x_primitive.
 _PRIMITIVE_BASES = {
@@ -499,8 +500,8 @@ def dataset(
         shortest_angstrom: Distance of the closest two sites, where it is known already.
 
     Raises:
-        EncodeError: If moyo finds no symmetry, for example in a collapsed cell, and if two sites are closer
-            than the tolerance.
+        EncodeError: If moyo finds no symmetry, for example in a collapsed cell, and if two sites coincide or
+            nearly do (`check_apart`).
     """
     from moyopy import Cell, MoyoDataset, Setting
 
@@ -529,18 +530,19 @@ def closest_angstrom(lattice: Lattice, fractional: FloatArray) -> float:
 
 
 def check_apart(shortest_angstrom: float, symprec_angstrom: float) -> None:
-    """Refuse sites that a tolerance cannot tell apart.
+    """Refuse sites that coincide or nearly do, as a tolerance sees it.
 
-    Which site is the image of which is then a guess, and with many such sites moyo (0.21) may try for hours,
-    in tens of gigabytes.
+    Which site is the image of which is then a guess, and where many can be guessed, as in a chain of atoms
+    half an angstrom apart at 0.1 angstrom, moyo (0.21) may try for hours, in tens of gigabytes. At the
+    default tolerance no crystal is refused: the atoms of H2 are 0.74 angstrom apart.
 
     Raises:
-        EncodeError: If two sites are closer than the tolerance.
+        EncodeError: If two sites are closer than seven tolerances.
     """
-    if shortest_angstrom < symprec_angstrom:
+    if shortest_angstrom < CLOSEST_TOLERANCES * symprec_angstrom:
         raise EncodeError(
             f"no symmetry found at {symprec_angstrom:g} angstrom: two sites are {shortest_angstrom:.3g} "
-            "angstrom apart, so they coincide"
+            "angstrom apart, so they coincide, or nearly so"
         )
 
 
