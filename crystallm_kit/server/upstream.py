@@ -275,6 +275,8 @@ class UpstreamBackend:
             except BaseException:
                 server.n_running -= 1
                 raise
+            if response.status_code >= 500 and response.status_code != 503:
+                self._leave_out(server, f"answered {response.status_code}")
             headers = {k: v for k, v in response.headers.items() if k.lower() not in _HOP_HEADERS}
             return response.status_code, headers, Relayed(self, server, response)
 

@@ -321,6 +321,20 @@ def test_a_request_under_way_when_all_is_closed_fails_as_requests_do(stand_ins, 
     asyncio.run(story())
 
 
+def test_a_server_that_answers_500_to_what_is_passed_on_is_left_out_until_it_is_back(stand_ins, wire):
+    async def story():
+        async with open_backend([stand_ins.start()], wire, check_seconds=60.0) as backend:
+            body = b'{"prompt": [370, 103], "max_tokens": 5}'
+            status, _, data = await backend.relay("/v1/completions", body)
+            await data.aclose()
+            assert status == 500
+            with pytest.raises(NotReady, match="answered 500"):
+                await backend.relay("/v1/completions", body)
+            await until(backend.is_ready)
+
+    asyncio.run(story())
+
+
 def test_a_server_that_dies_within_a_stream_gives_a_backend_error(stand_ins, wire):
     async def story():
         async with open_backend([stand_ins.start()], wire) as backend:
