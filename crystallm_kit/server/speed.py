@@ -497,7 +497,7 @@ def _by_turns(
         for way, (urls, body) in list(ways.items())[:: -1 if turn % 2 else 1]:
             got = _client(
                 place, f"{name}, {way}", kind="completions", urls=urls, body=body, n=n,
-                at_once=24 * len(ways[next(iter(ways))][0]), key=key,
+                at_once=24 * max(len(urls) for urls, _ in ways.values()), key=key,
             )  # fmt: skip
             if turn:
                 found[way].append(got)
@@ -523,16 +523,14 @@ def _through_app(
     key_file.write_text(key)
     key_file.chmod(0o600)
     upstream = [word for url in urls for word in ("--upstream", url)]
-    with server(place, f"{row}-app", *upstream, "--name", "model", "--upstream-key-file", str(key_file)) as (
-        url,
-        pid,
-    ):
+    options = (*upstream, "--name", "model", "--upstream-key-file", str(key_file))
+    with server(place, f"{row}-app", *options) as (url, pid):
         ways = {"directly": (list(urls), body), "through the app": ([url], body)}
         found = _by_turns(place, row, ways, max(PROMPT_N, place.n * len(urls) // 10), key)
         found["app_cost"] = _cost(found["directly"], found["through the app"])
         if with_crystals:
             for label, wanted in list(_BODIES.items())[:2]:
-                found[label] = _crystals(place, "engines", url, pid, wanted)
+                found[label] = _crystals(place, row, url, pid, wanted)
     return found
 
 

@@ -96,10 +96,8 @@ class _BondConv(nn.Module):
         bond_graph: Tensor,
     ) -> Tensor:  # fmt: skip
         """As BondConv.forward."""
-        centre, first, second = bond_graph.unbind(1)
-        messages = self.gated(
-            [(bond_feas, first), (bond_feas, second), (angle_feas, None), (atom_feas, centre)]
-        )
+        _, first, second = bond_graph.unbind(1)
+        messages = self.gated(_of_angles(atom_feas, bond_feas, angle_feas, bond_graph))
         messages = messages * bond_weights.index_select(0, first) * bond_weights.index_select(0, second)
         return _updated(self.layer, self.layer.bond_norm, messages, first, bond_feas)
 
@@ -113,11 +111,18 @@ class _AngleUpdate(nn.Module):
 
     def forward(self, atom_feas: Tensor, bond_feas: Tensor, angle_feas: Tensor, bond_graph: Tensor) -> Tensor:
         """As AngleUpdate.forward."""
-        centre, first, second = bond_graph.unbind(1)
-        found = self.gated([(bond_feas, first), (bond_feas, second), (angle_feas, None), (atom_feas, centre)])
+        found = self.gated(_of_angles(atom_feas, bond_feas, angle_feas, bond_graph))
         if self.layer.resnet:
             found = found + angle_feas
         return _normalised(self.layer.angle_norm, found)
+
+
+def _of_angles(
+    atom_feas: Tensor, bond_feas: Tensor, angle_feas: Tensor, bond_graph: Tensor
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Return what chgnet joins for an angle: its two bonds, itself, the atom between them."""
+    centre, first, second = bond_graph.unbind(1)
+    return [(bond_feas, first), (bond_feas, second), (angle_feas, None), (atom_feas, centre)]
 
 
 def _updated(layer: Any, norm: Any, messages: Tensor, owner: Tensor, features: Tensor) -> Tensor:

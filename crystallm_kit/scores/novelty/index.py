@@ -276,16 +276,9 @@ def _cover(names: Sequence[str]) -> list[str]:
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, and clear what a killed writer left."""
-    with locked(folder / _LOCK):
+    with FileLock(folder / _LOCK):
         for partial in folder.glob(".*.shard.partial"):
             partial.unlink(missing_ok=True)
-        yield
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a file's lock, waiting for it; it ends with the process, however that ends."""
-    with FileLock(path):
         yield
 
 

@@ -25,12 +25,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from pymatgen.core import Structure
 
 from crystallm_kit.errors import ReadError, UserError
 from crystallm_kit.records import Crystal
 from crystallm_kit.scores.matcher.reduced_forms import batches, reduced_forms
-from crystallm_kit.scores.novelty.index import NoveltyIndex, locked
+from crystallm_kit.scores.novelty.index import NoveltyIndex
 from crystallm_kit.structures.files import ReadFailure, read
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ def reference_index(
     home = Path(folder)
     target = home / key_of(hashes)
     home.mkdir(parents=True, exist_ok=True)
-    with locked(home / f"{target.name}.lock"):  # the next one who asks for this index finds it made
+    with FileLock(home / f"{target.name}.lock"):  # the next one who asks for this index finds it made
         if not target.exists():
             _begin(home, hashes, target)
         index, sources = NoveltyIndex.open(target), _read_sources(target)
@@ -135,7 +136,7 @@ def _begin(home: Path, hashes: Sequence[str], target: Path) -> None:
             shorter = home / key_of(hashes[:n])
             if shorter.exists() and len(_read_sources(shorter)) == n:
                 begun.mkdir()
-                with locked(home / f"{shorter.name}.lock"):
+                with FileLock(home / f"{shorter.name}.lock"):
                     for path in shorter.iterdir():
                         if path.suffix in (".shard", ".json"):
                             _link(path, begun / path.name)
